@@ -1,0 +1,117 @@
+"""Building blocks of Neuroverse3D (Hu et al., ICCV 2025, arXiv 2503.02410).
+
+Feature maps are ``(N, C, H, W, D)``; N is the batch, or batch times context pairs. There is no
+normalisation layer anywhere and every GELU is the exact (erf) one.
+
+A 1³ convolution over a concatenation ``[a, b]`` equals the sum of one 1³ convolution on ``a`` and one on
+``b``. The blocks that the paper draws with a concatenation (:class:`Fusion`, :class:`UpMerge`) use the sum:
+the same parameters and the same function, but nothing is concatenated, and a part that is shared by all
+pairs is computed once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """1³ convolution as one matrix product over channels.
+
+    PyTorch's own 1³ ``conv3d`` falls to a slow kernel on the CPU; this is the same sum.
+
+    Args:
+        x: ``(N, C, H, W, D)``.
+        weight: ``(K, C, 1, 1, 1)``.
+        bias: ``(K,)`` or None.
+
+    Returns:
+        ``(N, K, H, W, D)``.
+    """
+    return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+
+
+def pairwise(x: Tensor, pairs: int) -> Tensor:
+    """View ``(B * pairs, C, ...)`` as ``(B, pairs, C, ...)``."""
+    return x.unflatten(0, (-1, pairs))
+
+
+class ResidualUnit(nn.Module):
+    """conv 3³ - GELU - ... - conv 3³, add the input, GELU."""
+
+    def __init__(self, channels: int, convs: int = 2) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv3d(channels, channels, 3, padding=1) for _ in range(convs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W, D)`` -> the same shape."""
+        y = self.convs[0](x)
+        for conv in self.convs[1:]:
+            y = conv(F.gelu(y))
+        return F.gelu(x + y)
+
+
+class Down(nn.Module):
+    """Halve the grid: conv 4³ stride 2 padding 1, or max-pool 2³ where the two widths are equal."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = None if in_channels == out_channels else nn.Conv3d(in_channels, out_channels, 4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W, D)`` -> ``(N, K, H/2, W/2, D/2)``."""
+        return F.max_pool3d(x, 2) if self.conv is None else self.conv(x)
+
+
+class UpMerge(nn.Module):
+    """Trilinear up-sampling by two, then a 1³ conv over ``[up-sampled, skip]``.
+
+    The 1³ conv commutes with the interpolation (its weights sum to one), so the up-sampled half is
+    applied on the coarse grid, where it costs an eighth.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels + out_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """``x (N, C, h, w, d)`` and ``skip (N, K, 2h, 2w, 2d)`` -> ``(N, K, 2h, 2w, 2d)``."""
+        from_x, from_skip = self.conv.weight.split((x.shape[1], skip.shape[1]), dim=1)
+        up = F.interpolate(pointwise(x, from_x), scale_factor=2, mode="trilinear", align_corners=False)
+        return pointwise(skip, from_skip, self.conv.bias) + up
+
+
+class Fusion(nn.Module):
+    """Exchange between context and target: 1³ conv over ``[context, target]``, added to one of them, GELU."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(2 * channels, channels, 1)
+
+    def from_context(self, context: Tensor) -> Tensor:
+        """The context's half of the 1³ conv; the bias is on the target's side."""
+        return pointwise(context, self.conv.weight.chunk(2, dim=1)[0])
+
+    def from_target(self, target: Tensor) -> Tensor:
+        """The target's half of the 1³ conv, bias included."""
+        return pointwise(target, self.conv.weight.chunk(2, dim=1)[1], self.conv.bias)
+
+    def into_context(self, context: Tensor, target_half: Tensor, pairs: int) -> Tensor:
+        """Target-to-context fusion.
+
+        Args:
+            context: ``(B * pairs, C, H, W, D)``.
+            target_half: :meth:`from_target` of the target's skip, ``(B, C, H, W, D)``; it is the same for
+                every pair, so it is computed once per target.
+            pairs: context pairs per batch element.
+
+        Returns:
+            ``(B * pairs, C, H, W, D)``.
+        """
+        fused = context + self.from_context(context)
+        return F.gelu(pairwise(fused, pairs) + target_half[:, None]).flatten(0, 1)
+
+    def into_target(self, target: Tensor, context: Tensor) -> Tensor:
+        """Context-to-target fusion of the mean context feature; both ``(B, C, H, W, D)``."""
+        return F.gelu(target + self.from_context(context) + self.from_target(target))

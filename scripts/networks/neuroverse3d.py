@@ -1,0 +1,239 @@
+"""Neuroverse3D: a 3D in-context learning network (Hu et al., ICCV 2025, arXiv 2503.02410).
+
+Three parts named as in the paper: a target encoder, a context U-Net shared by all context pairs, and a
+target decoder. :class:`Neuroverse3D` composes them with the adaptive parallel-sequential context
+processing (APSP), whose memory depends on the mini-context size and not on the number of pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise as neighbours
+
+import torch
+from torch import Tensor, nn
+
+from scripts.networks.blocks import Down, Fusion, ResidualUnit, UpMerge, pairwise, pointwise
+
+
+class TargetEncoder(nn.Module):
+    """Encodes the target image once; its skips feed the context U-Net and the target decoder."""
+
+    def __init__(self, in_channels: int, channels: Sequence[int], convs_per_block: int) -> None:
+        super().__init__()
+        self.embedding = nn.Conv3d(in_channels, channels[0], 1)
+        self.residuals = nn.ModuleList(ResidualUnit(c, convs_per_block) for c in channels[:-1])
+        self.downs = nn.ModuleList(Down(a, b) for a, b in neighbours(channels))
+
+    def forward(self, target: Tensor) -> list[Tensor]:
+        """``(B, C, H, W, D)`` -> one map per stage, finest first; the last one enters the bottleneck."""
+        x = pointwise(target, self.embedding.weight, self.embedding.bias)
+        maps = []
+        for residual, down in zip(self.residuals, self.downs, strict=True):
+            x = residual(x)
+            maps.append(x)
+            x = down(x)
+        return [*maps, x]
+
+
+class ContextUNet(nn.Module):
+    """Encodes (image, label) pairs, each seen together with the target."""
+
+    def __init__(self, in_channels: int, channels: Sequence[int], convs_per_block: int) -> None:
+        super().__init__()
+        self.embedding = nn.Conv3d(in_channels, channels[0], 1)
+        self.residuals = nn.ModuleList(ResidualUnit(c, convs_per_block) for c in channels[:-1])
+        self.fusions = nn.ModuleList(Fusion(c) for c in channels[:-1])
+        self.downs = nn.ModuleList(Down(a, b) for a, b in neighbours(channels))
+        self.bottleneck = ResidualUnit(channels[-1], convs_per_block)
+        self.ups = nn.ModuleList(UpMerge(a, b) for a, b in neighbours(channels[::-1]))
+        self.up_residuals = nn.ModuleList(ResidualUnit(c, convs_per_block) for c in channels[-2::-1])
+
+    def target_halves(self, target_maps: Sequence[Tensor]) -> list[Tensor]:
+        """What the target contributes to every fusion; the same for all pairs, so computed once."""
+        return [fusion.from_target(skip) for fusion, skip in zip(self.fusions, target_maps[:-1], strict=True)]
+
+    def forward(self, images: Tensor, labels: Tensor, target_halves: Sequence[Tensor]) -> list[Tensor]:
+        """Mean context features of one mini-context.
+
+        Args:
+            images: ``(B, l, C, H, W, D)``.
+            labels: ``(B, l, K, H, W, D)``.
+            target_halves: from :meth:`target_halves`.
+
+        Returns:
+            One map ``(B, C_s, H_s, W_s, D_s)`` per stage, bottleneck first, averaged over the l pairs.
+        """
+        pairs = images.shape[1]
+        x = torch.cat((images, labels), dim=2).flatten(0, 1)
+        x = pointwise(x, self.embedding.weight, self.embedding.bias)
+        skips = []
+        for residual, fusion, half, down in zip(self.residuals, self.fusions, target_halves, self.downs, strict=True):
+            x = fusion.into_context(residual(x), half, pairs)
+            skips.append(x)
+            x = down(x)
+        x = self.bottleneck(x)
+        features = [pairwise(x, pairs).mean(1)]
+        for up, residual in zip(self.ups, self.up_residuals, strict=True):
+            x = residual(up(x, skips.pop()))
+            features.append(pairwise(x, pairs).mean(1))
+        return features
+
+
+class TargetDecoder(nn.Module):
+    """Turns the target's maps into the output, reading the mean context feature at every stage."""
+
+    def __init__(self, out_channels: int, channels: Sequence[int], convs_per_block: int) -> None:
+        super().__init__()
+        self.residuals = nn.ModuleList(ResidualUnit(c, convs_per_block) for c in channels[::-1])
+        self.fusions = nn.ModuleList(Fusion(c) for c in channels[::-1])
+        self.ups = nn.ModuleList(UpMerge(a, b) for a, b in neighbours(channels[::-1]))
+        self.head = ResidualUnit(channels[0], convs_per_block)
+        self.output = nn.Conv3d(channels[0], out_channels, 1)
+
+    def forward(self, target_maps: Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
+        """Target maps (finest first) and mean context features (bottleneck first) -> ``(B, K, H, W, D)``."""
+        *skips, x = target_maps
+        for stage, (residual, fusion, feature) in enumerate(zip(self.residuals, self.fusions, features, strict=True)):
+            if stage:
+                x = self.ups[stage - 1](x, skips.pop())
+            x = fusion.into_target(residual(x), feature)
+        return pointwise(self.head(x), self.output.weight, self.output.bias)
+
+
+class Neuroverse3D(nn.Module):
+    """The in-context network: a target, L (image, label) pairs in; the target's answer out.
+
+    Args:
+        in_channels: channels of an image.
+        out_channels: channels of an answer (and of a context label).
+        channels: width of each stage, finest first; at least two stages.
+        convs_per_block: 3³ convolutions in a residual unit.
+        spatial_size: the grid the weights are trained for (one int or three). It travels with the weights
+            as the buffer ``grid``; the network itself runs on any grid divisible by :attr:`divisor`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int = 1,
+        channels: Sequence[int] = (32, 64, 128, 256, 512),
+        convs_per_block: int = 2,
+        spatial_size: int | Sequence[int] = 128,
+    ) -> None:
+        super().__init__()
+        if len(channels) < 2 or min(channels) < 1 or convs_per_block < 1:
+            raise ValueError(
+                f"need at least two positive channel widths and one conv per block, got channels={tuple(channels)}, "
+                f"convs_per_block={convs_per_block}"
+            )
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.channels = tuple(int(c) for c in channels)
+        self.convs_per_block = convs_per_block
+        self.target_encoder = TargetEncoder(in_channels, self.channels, convs_per_block)
+        self.context_unet = ContextUNet(in_channels + out_channels, self.channels, convs_per_block)
+        self.target_decoder = TargetDecoder(out_channels, self.channels, convs_per_block)
+        size = (spatial_size,) * 3 if isinstance(spatial_size, int) else tuple(spatial_size)
+        self.register_buffer("grid", torch.tensor(size, dtype=torch.int64))
+
+    @property
+    def divisor(self) -> int:
+        """Every spatial size must be divisible by this: 2 to the number of down-samplings."""
+        return 2 ** (len(self.channels) - 1)
+
+    def forward(self, target_in: Tensor, context_in: Tensor, context_out: Tensor, mini_context_size: int = 3) -> Tensor:
+        """Predict the target's answer from the context pairs.
+
+        The L pairs are cut into n mini-contexts of at most ``mini_context_size`` pairs. The pairs of one
+        mini-context run in parallel, the mini-contexts one after another into a running mean. While
+        gradients are on, only the last mini-context records them, and its share is multiplied by n, which
+        keeps the expected gradient while memory stays that of one mini-context. In training mode the order
+        of the mini-contexts is drawn anew at every call (from PyTorch's global CPU generator).
+
+        Args:
+            target_in: ``(B, in_channels, H, W, D)``, usually in [0, 1].
+            context_in: ``(B, L, in_channels, H, W, D)``; any device: it is moved piece by piece.
+            context_out: ``(B, L, out_channels, H, W, D)``, likewise.
+            mini_context_size: pairs that run at once, at least 1.
+
+        Returns:
+            ``(B, out_channels, H, W, D)``, linear; a mask is ``output > 0.5``.
+
+        Raises:
+            ValueError: a shape is not as above, L is 0, or a size is not divisible by :attr:`divisor`.
+        """
+        self._check(target_in, context_in, context_out, mini_context_size)
+        length = context_in.shape[1]
+        parts = list(torch.arange(length).split(mini_context_size))
+        if self.training:
+            parts = [parts[i] for i in torch.randperm(len(parts))]
+
+        target_maps = self.target_encoder(target_in)
+        with_grad = torch.is_grad_enabled()
+        features: list[Tensor] = []
+        for index, part in enumerate(parts):
+            last = index == len(parts) - 1
+            with torch.set_grad_enabled(with_grad and last):
+                piece = slice(int(part[0]), int(part[-1]) + 1)
+                images, labels = (
+                    x[:, piece].to(target_in.device, target_in.dtype, non_blocking=True)
+                    for x in (context_in, context_out)
+                )
+                means = self.context_unet(images, labels, self.context_unet.target_halves(target_maps))
+                if with_grad and last:
+                    means = [_scale_gradient(mean, len(parts)) for mean in means]
+                share = len(part) / length
+                features = [mean * share for mean in means] if not features else [
+                    total + mean * share for total, mean in zip(features, means, strict=True)
+                ]  # fmt: skip
+        return self.target_decoder(target_maps, features)
+
+    def _check(self, target_in: Tensor, context_in: Tensor, context_out: Tensor, mini_context_size: int) -> None:
+        # Shapes only: a look at values would wait for the device.
+        spatial = tuple(target_in.shape[2:])
+        if target_in.ndim != 5 or target_in.shape[1] != self.in_channels:
+            raise ValueError(
+                f"target_in must be (B, {self.in_channels}, H, W, D) with batch and channel axes, "
+                f"got {tuple(target_in.shape)}"
+            )
+        for name, x, width in (
+            ("context_in", context_in, self.in_channels),
+            ("context_out", context_out, self.out_channels),
+        ):
+            if x.ndim != 6 or x.shape[0] != target_in.shape[0] or x.shape[2] != width or tuple(x.shape[3:]) != spatial:
+                raise ValueError(
+                    f"{name} must be (B, L, {width}, H, W, D) = ({target_in.shape[0]}, L, {width}, "
+                    f"{', '.join(map(str, spatial))}) to go with the target, got {tuple(x.shape)}"
+                )
+        if context_in.shape[1] != context_out.shape[1]:
+            raise ValueError(
+                f"context_in and context_out must hold the same number of pairs, "
+                f"got {context_in.shape[1]} and {context_out.shape[1]}"
+            )
+        if context_in.shape[1] == 0:
+            raise ValueError("at least one context pair is needed (L >= 1), got L = 0")
+        if any(n < self.divisor or n % self.divisor for n in spatial):
+            raise ValueError(
+                f"spatial sizes must be positive multiples of {self.divisor} for {len(self.channels)} stages, "
+                f"got {spatial}"
+            )
+        if mini_context_size < 1:
+            raise ValueError(f"mini_context_size must be at least 1, got {mini_context_size}")
+
+
+class _GradientScale(torch.autograd.Function):
+    """Identity forward, gradient times ``factor`` backward."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def _scale_gradient(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else _GradientScale.apply(x, factor)

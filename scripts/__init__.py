@@ -1,0 +1,1 @@
+"""Neuroverse3D as a MONAI Bundle."""

@@ -15,15 +15,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import re
 import tempfile
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from scripts.atomic import write_atomically
 from scripts.networks import Neuroverse3D
 
 AUTHORS_GRID = 128
@@ -56,8 +59,8 @@ def read_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> Any:
         return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except Exception as error:
         # torch reports a refused global, a cut zip archive and a foreign format each in its own way
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            refused = re.search(r"GLOBAL\s+([\w.]+)", str(error))
+        refused = re.search(r"GLOBAL\s+([\w.]+)", str(error))
+        if refused or (isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path)):
             what = f" ({refused[1]})" if refused else ""
             raise CheckpointError(
                 f"{path} holds pickled objects{what} and was not loaded, because unpickling can run code; "
@@ -72,28 +75,14 @@ def atomic_save(obj: Any, path: str | os.PathLike) -> None:
     Raises:
         OSError: the folder cannot be written or the disk is full; an existing file is kept.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            try:
-                torch.save(obj, file)
-                file.flush()
-                os.fsync(file.fileno())
-            except RuntimeError as error:  # torch's zip writer reports a failed write so
-                raise OSError(f"could not write {path}: {error}") from error
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
+    def save(temporary: str) -> None:
+        try:
+            torch.save(obj, temporary)
+        except RuntimeError as error:  # torch's zip writer reports a failed write so
+            raise OSError(f"could not write {path}: {error}") from error
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    write_atomically(path, save)
 
 
 def authors_key(key: str, stages: int) -> str:
@@ -148,11 +137,13 @@ def network_from_state(state: Mapping[str, Tensor], source: str = "the state dic
     Raises:
         CheckpointError: these are not a Neuroverse3D network's tensors.
     """
-    shape = _describe(state, source)
-    with torch.device("meta"):  # no random initialisation for weights that are replaced at once
-        network = Neuroverse3D(**shape)
+    shape = describe(state, source)
     try:
+        with torch.device("meta"):  # no random initialisation for weights that are replaced at once
+            network = Neuroverse3D(**shape)
         network.load_state_dict(dict(state), assign=True)
+    except ValueError as error:
+        raise CheckpointError(f"{source} is not a Neuroverse3D checkpoint: {error}") from error
     except RuntimeError as error:
         raise CheckpointError(f"{source} is not a complete Neuroverse3D network: {_first_line(error)}") from error
     for parameter in network.parameters():
@@ -187,8 +178,55 @@ def load_state(path: str | os.PathLike) -> dict[str, Tensor]:
         content = content["network"]  # our last.pt, made for resuming
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise CheckpointError(f"{path} is not a state dict of tensors")
-    _describe(content, str(path))
+    describe(content, str(path))
     return content
+
+
+def load_weights(network: torch.nn.Module, path: str | os.PathLike) -> None:
+    """Load a checkpoint in our format into a network; the network's own grid is kept.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: unreadable, not safe to load, or of another network.
+    """
+    state = load_state(path)
+    state["grid"] = network.grid
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        found = describe(state, str(path))
+        raise CheckpointError(
+            f"{path} has channels {list(found['channels'])} and {found['convs_per_block']} convs per block, the "
+            f"network {list(network.channels)} and {network.convs_per_block}: leave --channels and "
+            "--convs_per_block out to take them from the checkpoint"
+        ) from error
+
+
+def network_options(
+    checkpoint: str | os.PathLike | None,
+    channels: Sequence[int] | None = None,
+    convs_per_block: int | None = None,
+    spatial_size: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Constructor arguments of a run's network: the checkpoint's where there is one, else the options'.
+
+    Args:
+        checkpoint: weights to start from; one that does not exist (yet) is an error only when it is loaded.
+        channels: asked-for widths, or None.
+        convs_per_block: asked-for convolutions per block, or None.
+        spatial_size: asked-for grid, or None for the checkpoint's; the one thing that may differ from it.
+
+    Raises:
+        ValueError: the options contradict the checkpoint.
+    """
+    present = checkpoint is not None and Path(checkpoint).is_file()
+    found = describe(load_state(checkpoint), str(checkpoint)) if present else {}
+    wanted = {"channels": tuple(channels) if channels else None, "convs_per_block": convs_per_block}
+    for name, value in wanted.items():
+        if value is not None and value != found.get(name, value):
+            raise ValueError(f"--{name} {value} contradicts {checkpoint}, which has {found[name]}; leave --{name} out")
+    given = {name: value for name, value in wanted.items() if value is not None}
+    return found | given | ({"spatial_size": tuple(spatial_size)} if spatial_size is not None else {})
 
 
 def convert(source: str, output: str, allow_pickle: bool = False, overwrite: bool = False) -> None:
@@ -214,7 +252,7 @@ def from_authors(content: Any, source: str) -> dict[str, Tensor]:
         CheckpointError: a key is missing or left over.
     """
     state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(k.startswith(_AUTHORS_PREFIX) for k in state):
+    if not isinstance(state, dict) or not all(str(k).startswith(_AUTHORS_PREFIX) for k in state):
         raise CheckpointError(f"{source} has no Lightning state_dict with '{_AUTHORS_PREFIX}' keys")
     state = {k.removeprefix(_AUTHORS_PREFIX): v for k, v in state.items()}
     try:
@@ -223,8 +261,8 @@ def from_authors(content: Any, source: str) -> dict[str, Tensor]:
             ours = Neuroverse3D(**widths).state_dict()
         names = {key: authors_key(key, len(widths["channels"])) for key in ours if key != "grid"}
         converted = {key: state.pop(theirs) for key, theirs in names.items()}
-    except (KeyError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{source} is not a Neuroverse3D checkpoint: {_first_line(error)} is missing") from error
+    except (KeyError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{source} is not a Neuroverse3D checkpoint: {_misfit(error)}") from error
     if state:
         raise CheckpointError(f"{source} holds {len(state)} tensors that Neuroverse3D has no place for: {min(state)}")
     return converted | {"grid": torch.tensor((AUTHORS_GRID,) * 3)}
@@ -257,7 +295,9 @@ def to_authors(network: Neuroverse3D) -> dict[str, Any]:
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": "2.0.1",
+        "hparams_name": "hparams",  # the constructor argument that gets the next entry
         "hyper_parameters": {
+            "data_slice_only": False,  # 3D; their constructor reads it
             "nb_inner_channels": list(network.channels),
             "nb_conv_layers_per_stage": network.convs_per_block,
         },
@@ -292,8 +332,12 @@ def download(output: str = "models/neuroverse3d.pt", overwrite: bool = False, al
         convert(str(source), str(target), allow_pickle=allow_pickle, overwrite=overwrite)
 
 
-def _describe(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """Constructor arguments of the network whose state dict this is."""
+def describe(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+    """Constructor arguments of the network whose state dict this is.
+
+    Raises:
+        CheckpointError: these are not a Neuroverse3D network's tensors.
+    """
     try:
         widths = [state["target_encoder.embedding.weight"].shape[0]]
         while f"target_encoder.residuals.{len(widths)}.convs.0.weight" in state:
@@ -308,11 +352,12 @@ def _describe(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
             "spatial_size": tuple(int(n) for n in state["grid"]),
         }
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{source} is not a Neuroverse3D checkpoint: {error} is missing") from error
+        raise CheckpointError(f"{source} is not a Neuroverse3D checkpoint: {_misfit(error)}") from error
 
 
 def _authors_widths(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    stages = 1 + max(int(m[1]) for k in state if (m := re.match(r"context_unet\.enc_blocks\.(\d+)\.", k)))
+    blocks = (re.match(r"context_unet\.enc_blocks\.(\d+)\.", key) for key in state)
+    stages = 1 + max((int(block[1]) for block in blocks if block), default=0)
     first = "context_unet.enc_blocks.{}.context_conv.module.layers.0.weight"
     convs = [k for k in state if re.fullmatch(r"target_decoder\.output_block\.block\.0\.layers\.\d+\.weight", k)]
     return {
@@ -338,6 +383,12 @@ def _is_true(value: bool | str) -> bool:
 def _size_text(network: Neuroverse3D) -> str:
     count = sum(p.numel() for p in network.parameters())
     return f"{count:,} parameters, channels {network.channels}, grid {tuple(network.grid.tolist())}"
+
+
+def _misfit(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    return str(error) if isinstance(error, ValueError) else "an entry is no tensor of the expected shape"
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class SmoothL3L1Loss(nn.Module):
-    """Mean of f(\\|pred - target\\|), cubic near zero and linear beyond beta.
+    """Mean of f(|pred - target|), cubic near zero and linear beyond beta.
 
     f(e) = 0.333 e^3 / beta^2 for e < beta, else e + 0.333 beta^3 - beta (the constants of the published
     recipe, which with beta = 1 join at e = 1 in value and nearly in slope). ``weight`` multiplies the mean;

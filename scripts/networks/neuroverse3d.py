@@ -135,6 +135,8 @@ class Neuroverse3D(nn.Module):
         self.context_unet = ContextUNet(in_channels + out_channels, self.channels, convs_per_block)
         self.target_decoder = TargetDecoder(out_channels, self.channels, convs_per_block)
         size = (spatial_size,) * 3 if isinstance(spatial_size, int) else tuple(spatial_size)
+        if len(size) != 3 or min(size) < 1:
+            raise ValueError(f"spatial_size must be one or three positive numbers of voxels, got {spatial_size}")
         self.register_buffer("grid", torch.tensor(size, dtype=torch.int64))
 
     @property

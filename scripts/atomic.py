@@ -1,0 +1,62 @@
+"""Writing files whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from monai.data import NibabelWriter
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[str], Any], suffix: str = "") -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then put it in place.
+
+    Args:
+        path: the file; its folder is made if need be.
+        write: called with the temporary file's path.
+        suffix: ending of the temporary file, for writers that choose a format by it.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full; an existing file is kept.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=suffix)
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_text(text: str, path: str | os.PathLike) -> None:
+    """Write UTF-8 text."""
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def write_json(content: Any, path: str | os.PathLike) -> None:
+    """Write JSON; NaN is refused."""
+    write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", path)
+
+
+class AtomicNibabelWriter(NibabelWriter):
+    """MONAI's NIfTI writer for ``SaveImage``, writing whole files or none."""
+
+    def write(self, filename: Any, verbose: bool = False, **kwargs: Any) -> None:
+        """Write the volume."""
+        write_atomically(filename, lambda temporary: super(AtomicNibabelWriter, self).write(temporary), ".nii.gz")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

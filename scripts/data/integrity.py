@@ -1,0 +1,221 @@
+"""Look at every file once, before any work: what is in it and what is wrong with it.
+
+What was found is remembered in ``integrity.json`` by path, size and modification time, so that a second
+run, or a resumed one, does not read the images again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from tqdm import tqdm
+
+from scripts.atomic import write_json
+from scripts.data.nnunet import Case, DatasetError
+from scripts.data.volumes import volume_reader
+
+logger = logging.getLogger(__name__)
+
+_AFFINE_TOLERANCE_MM = 1e-2
+_VERSION = 1
+_MISSING = "missing|"
+
+
+def inspect_cases(cases: Sequence[Case], record: str | Path | None = None, workers: int = 4) -> list[Case]:
+    """Read every case's files and add what was found to it.
+
+    Args:
+        cases: dicts with ``image`` and, where there is one, ``label``.
+        record: ``integrity.json`` to remember results in; None remembers nothing.
+        workers: threads that read.
+
+    Returns:
+        The cases with ``digest`` and ``image_digest`` (SHA-256 of both files' and of the image's bytes),
+        ``extent_mm`` (size of the foreground box along R, A, S), ``values`` (label value -> voxels) and
+        ``problems`` (one text each, empty for a sound case) added.
+    """
+    known = _read_record(record)
+    keys = [_key(case) for case in cases]
+    new = [i for i, key in enumerate(keys) if key not in known]
+    if new:
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            found = pool.map(lambda i: _inspect(cases[i]), new)
+            for i, result in zip(new, tqdm(found, "checking files", len(new), unit="case"), strict=True):
+                known[keys[i]] = result
+        if record is not None:
+            write_json({k: v for k, v in known.items() if not k.startswith(_MISSING)}, record)
+    inspected = [case | known[key] for case, key in zip(cases, keys, strict=True)]
+    for case in inspected:
+        case["values"] = {int(value): count for value, count in case["values"].items()}
+        case["problems"] = list(case["problems"])
+    _mark_unknown_values(inspected)
+    _mark_duplicates(inspected)
+    return inspected
+
+
+def sound_cases(inspected: Sequence[Case], skip_bad_cases: bool = False) -> list[Case]:
+    """The cases without problems.
+
+    Args:
+        inspected: from :func:`inspect_cases`.
+        skip_bad_cases: leave faulty cases out with a warning instead of raising.
+
+    Raises:
+        DatasetError: there are faulty cases (every one is named), or none is left.
+    """
+    bad = [case for case in inspected if case["problems"]]
+    if bad:
+        listing = "\n".join(f"  {_name(case)}: {'; '.join(case['problems'])}" for case in bad)
+        if not skip_bad_cases:
+            raise DatasetError(
+                f"{len(bad)} of {len(inspected)} cases are faulty; mend them or go on without them by "
+                f"--skip_bad_cases true:\n{listing}"
+            )
+        logger.warning("going on without %d of %d cases:\n%s", len(bad), len(inspected), listing)
+    good = [case for case in inspected if not case["problems"]]
+    if not good:
+        raise DatasetError("no sound case is left")
+    return good
+
+
+def _name(case: Case) -> str:
+    return "/".join(str(case[k]) for k in ("dataset", "case") if k in case) or str(case["image"])
+
+
+def _inspect(case: Case) -> dict[str, Any]:
+    found: dict[str, Any] = {"digest": None, "image_digest": None, "extent_mm": None, "values": {}, "problems": []}
+    problems = found["problems"]
+    image = _read(case["image"], "image", problems)
+    label = None
+    if "label" in case:
+        if case["label"] is None:
+            problems.append("label file is missing")
+        else:
+            label = _read(case["label"], "label", problems)
+    if image is None:
+        return found
+    voxels, affine = image
+    if not np.isfinite(voxels).all():
+        problems.append("image holds NaN or infinite voxels")
+    foreground = voxels > voxels.min()
+    if label is not None:
+        label_voxels, label_affine = label
+        if label_voxels.shape != voxels.shape:
+            problems.append(f"image and label differ in shape: {voxels.shape} and {label_voxels.shape}")
+        elif not np.allclose(affine, label_affine, atol=_AFFINE_TOLERANCE_MM):
+            problems.append("image and label differ in affine")
+        else:
+            foreground |= label_voxels > 0
+        values, counts = np.unique(label_voxels, return_counts=True)
+        if not np.all(values == np.round(values)) or values.min() < 0:
+            wrong = values[(values != np.round(values)) | (values < 0)]
+            problems.append(f"label holds values that are no label numbers: {wrong[:3].tolist()}")
+        else:
+            found["values"] = {int(v): int(c) for v, c in zip(values, counts, strict=True) if v > 0}
+    if problems:
+        return found
+    found["image_digest"] = file_digest(case["image"])
+    label_digest = file_digest(case["label"]) if label is not None else ""
+    found["digest"] = hashlib.sha256(f"{found['image_digest']}{label_digest}".encode()).hexdigest()
+    found["extent_mm"] = box_extent_mm(foreground, affine)
+    return found
+
+
+def box_extent_mm(foreground: np.ndarray, affine: np.ndarray) -> list[float]:
+    """Size of a mask's bounding box along the axes nearest to R, A and S; of the whole grid if it is empty.
+
+    Args:
+        foreground: boolean ``(H, W, D)``.
+        affine: voxel to mm.
+    """
+    zooms = nib.affines.voxel_sizes(affine)
+    to_ras = nib.io_orientation(affine)[:, 0].astype(int)
+    extent = [0.0, 0.0, 0.0]
+    for axis in range(3):
+        hit = np.flatnonzero(foreground.any(axis=tuple(a for a in range(3) if a != axis)))
+        count = hit[-1] - hit[0] + 1 if len(hit) else foreground.shape[axis]
+        extent[to_ras[axis]] = float(count * zooms[axis])
+    return extent
+
+
+def _read(path: str, what: str, problems: list[str]) -> tuple[np.ndarray, np.ndarray] | None:
+    if not Path(path).is_file():
+        problems.append(f"{what} file is missing")
+        return None
+    try:
+        volume = volume_reader(path)(path)
+    except Exception as error:  # nibabel, gzip and zlib each raise their own on damaged files
+        problems.append(f"{what} {Path(path).name} cannot be read ({_short(error)})")
+        return None
+    if volume.ndim != 4 or volume.shape[0] != 1:
+        shape = (*volume.shape[1:], volume.shape[0])
+        problems.append(f"{what} must be one 3D volume, got shape {shape}")
+        return None
+    affine = np.asarray(volume.affine, dtype=float)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        problems.append(f"{what} has a singular affine")
+        return None
+    return volume[0].numpy(), affine
+
+
+def _short(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:120]
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, to recognise the same image under another name."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _mark_unknown_values(cases: Sequence[Case]) -> None:
+    for case in cases:
+        known = case.get("known_values")
+        unknown = sorted(set(case["values"]) - set(known)) if known is not None else []
+        if unknown:
+            case["problems"].append(f"label values {unknown} are not in dataset.json")
+
+
+def _mark_duplicates(cases: Sequence[Case]) -> None:
+    by_content = defaultdict(list)
+    for case in cases:
+        if case["image_digest"]:
+            by_content[case.get("dataset"), case["image_digest"]].append(case)
+    for same in by_content.values():
+        for case in same[1:]:
+            case["problems"].append(f"duplicate: same image as {_name(same[0])}")
+
+
+def _key(case: Case) -> str:
+    """Changes when a file of the case does; starts with ``_MISSING`` when one cannot be looked at."""
+    parts = [str(_VERSION), "pair" if "label" in case else "image"]
+    for path in (case["image"], case.get("label")):
+        try:
+            status = os.stat(path) if path is not None else None
+        except OSError:
+            return f"{_MISSING}{case['image']}|{case.get('label')}"
+        parts.append(f"{Path(path).resolve()}|{status.st_size}|{status.st_mtime_ns}" if status else "")
+    return "|".join(parts)
+
+
+def _read_record(record: str | Path | None) -> dict[str, dict[str, Any]]:
+    if record is None or not Path(record).is_file():
+        return {}
+    try:
+        content = json.loads(Path(record).read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    except ValueError:
+        return {}  # damaged: everything is looked at again

@@ -1,0 +1,197 @@
+"""nnU-Net dataset folders -> lists of cases.
+
+Reads both layouts of ``dataset.json``: version 1 (``"labels": {"0": "background", ...}``, ``modality``) and
+version 2 (``"labels": {"background": 0, ...}``, ``channel_names``, regions as lists, ``ignore``). See
+https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md.
+
+A case is a plain dict, as MONAI's datasets take them: ``image`` and ``label`` (paths), ``case`` and
+``dataset`` (names), ``classes`` (class name -> label values, background left out).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scripts.data.volumes import strip_ending
+
+Case = dict[str, Any]
+
+_CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})$")
+
+
+class DatasetError(ValueError):
+    """A dataset cannot be used; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class NnunetDataset:
+    """One ``DatasetXXX_Name`` folder.
+
+    Attributes:
+        root: the folder.
+        classes: class name -> label values that belong to it (several for a region).
+        known_values: all values ``dataset.json`` allows in a label file; None when it says nothing.
+    """
+
+    root: Path
+    classes: dict[str, tuple[int, ...]]
+    known_values: frozenset[int] | None
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.root.name
+
+    @classmethod
+    def read(cls, root: str | Path) -> NnunetDataset:
+        """Read ``dataset.json``; without one, the classes are whatever the label files hold.
+
+        Raises:
+            DatasetError: no images, or an unreadable ``dataset.json``.
+        """
+        root = Path(root).resolve()
+        if not any(strip_ending(p) for p in _files(root / "imagesTr")):
+            raise DatasetError(f"{root / 'imagesTr'} holds no images (expected CASE_0000.nii.gz)")
+        description = root / "dataset.json"
+        if not description.is_file():
+            return cls(root, {}, None)
+        try:
+            labels = json.loads(description.read_text(encoding="utf-8"))["labels"]
+            classes = _read_labels(labels)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DatasetError(f"{description} has no readable 'labels' entry: {error}") from error
+        known = frozenset(value for values in classes.values() for value in values) | {0}
+        classes = {n: v for n, v in classes.items() if v != (0,) and n.lower() not in ("background", "ignore")}
+        return cls(root, classes, known)
+
+    def cases(self, channel: int = 0) -> list[Case]:
+        """Every training case with this image channel, sorted by name; ``label`` is None where it is missing.
+
+        Raises:
+            DatasetError: a case exists twice, a label has no image, or no image has this channel.
+        """
+        images, labels = defaultdict(list), defaultdict(list)
+        channels = set()
+        for path in _files(self.root / "imagesTr"):
+            match = _CHANNEL.match(strip_ending(path) or "")
+            if match:
+                channels.add(int(match["channel"]))
+                if int(match["channel"]) == channel:
+                    images[match["case"]].append(path)
+        for path in _files(self.root / "labelsTr"):
+            if name := strip_ending(path):
+                labels[name].append(path)
+        if not images:
+            raise DatasetError(
+                f"{self.root / 'imagesTr'} has no files of channel {channel:04d} (channels there: {sorted(channels)})"
+            )
+        twice = [name for name in images if len(images[name]) > 1 or len(labels[name]) > 1]
+        orphans = sorted(set(labels) - set(images))
+        faults = [f"{name}: more than one file for the case" for name in sorted(twice)]
+        if not channel:  # another channel may well be missing in some cases
+            faults += [f"{name}: label without image" for name in orphans if labels[name]]
+        if faults:
+            raise DatasetError(f"{self.name}: " + "; ".join(faults))
+        return [
+            {
+                "image": str(images[name][0]),
+                "label": str(labels[name][0]) if labels[name] else None,
+                "case": name,
+                "dataset": self.name,
+                "classes": {k: list(v) for k, v in self.classes.items()},
+                "known_values": sorted(self.known_values) if self.known_values is not None else None,
+            }
+            for name in sorted(images)
+        ]
+
+
+def find_datasets(folder: str | Path, names: Sequence[str] | None = None) -> list[NnunetDataset]:
+    """The nnU-Net datasets at a path: the folder itself, or its ``Dataset*``/``Task*`` sub-folders.
+
+    Args:
+        folder: a dataset folder (``imagesTr`` inside) or a folder of them.
+        names: keep only these, by folder name or by its part before the first underscore.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        DatasetError: no dataset there, or a name that is not.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no folder {folder}: --dataset_dir takes an nnU-Net dataset folder or a folder of them"
+        )
+    if (folder / "imagesTr").is_dir():
+        roots = [folder.resolve()]
+    else:
+        roots = sorted(p for p in folder.iterdir() if (p / "imagesTr").is_dir())
+    if not roots:
+        raise DatasetError(f"no nnU-Net dataset in {folder}: expected imagesTr/ and labelsTr/ there or one level below")
+    if names:
+        by_name = {n: root for root in roots for n in (root.name, root.name.split("_")[0])}
+        missing = [n for n in names if n not in by_name]
+        if missing:
+            raise DatasetError(f"{', '.join(missing)} not in {folder}, which has {', '.join(r.name for r in roots)}")
+        roots = sorted({by_name[n] for n in names})
+    return [NnunetDataset.read(root) for root in roots]
+
+
+def find_targets(path: str | Path, channel: int = 0) -> list[Case]:
+    """Images to run on: ``image`` and ``case`` of every file at a path.
+
+    Args:
+        path: one file, a folder of image files, or an nnU-Net dataset (its ``imagesTs``, else ``imagesTr``).
+            The channel suffix is part of the name, except in ``imagesTs`` and ``imagesTr`` folders, where it
+            is stripped and selects the channel.
+        channel: image channel in nnU-Net folders.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        DatasetError: two files would be written under one name.
+    """
+    path = Path(path)
+    for inner in ("imagesTs", "imagesTr"):
+        if (path / inner).is_dir() and any(strip_ending(p) for p in _files(path / inner)):
+            path = path / inner
+            break
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = _files(path)
+    else:
+        raise FileNotFoundError(f"no file or folder {path}: --dataset_dir takes the images to segment")
+    nnunet_layout = path.name in ("imagesTs", "imagesTr")
+    found = []
+    for file in files:
+        name = strip_ending(file)
+        match = _CHANNEL.match(name or "") if nnunet_layout else None
+        if name and (match is None or int(match["channel"]) == channel):
+            found.append({"image": str(file), "case": match["case"] if match else name})
+    if not found:
+        raise FileNotFoundError(
+            f"no image files in {path} (channel {channel:04d} of an nnU-Net folder, else any image)"
+        )
+    names = [target["case"] for target in found]
+    twice = sorted({n for n in names if names.count(n) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise DatasetError(f"{path}: several files would be written as the same case: {', '.join(twice)}")
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
+
+
+def _read_labels(labels: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    if all(re.fullmatch(r"-?\d+", str(key)) for key in labels):  # version 1: value -> name
+        return {str(name): (int(value),) for value, name in labels.items()}
+    return {
+        str(name): tuple(int(v) for v in value) if isinstance(value, (list, tuple)) else (int(value),)
+        for name, value in labels.items()
+    }

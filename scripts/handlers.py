@@ -1,0 +1,203 @@
+"""Ignite handlers that MONAI does not have."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import ProgressBar
+from monai.engines.utils import IterationEvents
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.tensorboard import SummaryWriter
+
+from scripts.data.episodes import as_episode
+from scripts.pictures import episode_figure
+
+logger = logging.getLogger(__name__)
+
+
+class ClipGradient:
+    """Clips the network's gradient norm before every optimiser step."""
+
+    def __init__(self, network: torch.nn.Module, max_norm: float) -> None:
+        self.network = network
+        self.max_norm = float(max_norm)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Clip."""
+        clip_grad_norm_(self.network.parameters(), self.max_norm)
+
+
+class StopOnNan:
+    """Ends the run with an error when the loss is not finite, before the weights are touched.
+
+    Ignite's TerminateOnNan ends it after the step, and without an error.
+    """
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Check.
+
+        Raises:
+            FloatingPointError: the loss is NaN or infinite.
+        """
+        if not torch.isfinite(engine.state.output["loss"]):
+            raise FloatingPointError(
+                f"the loss became {engine.state.output['loss'].item()} in epoch {engine.state.epoch} "
+                f"(cases {engine.state.batch.get('cases')}): lower --learning_rate and go on with --resume true"
+            )
+
+
+class MetricsFile:
+    """One row per epoch in ``metrics.csv``, and a line in the log with the time that is left.
+
+    A resumed run appends; rows of epochs that are trained again are dropped first.
+
+    Args:
+        path: the file.
+        evaluator: whose metrics go along with the trainer's.
+        optimizer: whose learning rate is recorded.
+    """
+
+    fields = ("epoch", "train_loss", "train_dice", "val_loss", "val_dice", "learning_rate", "context_size", "seconds")
+
+    def __init__(self, path: str | Path, evaluator: Engine, optimizer: torch.optim.Optimizer) -> None:
+        self.path = Path(path)
+        self.evaluator = evaluator
+        self.optimizer = optimizer
+        self._started = time.monotonic()
+        self._first_epoch = 1
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer, after the validation handler."""
+        engine.add_event_handler(Events.STARTED, self.open)
+        engine.add_event_handler(Events.EPOCH_STARTED, self.note_time)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def open(self, engine: Engine) -> None:
+        """Write the header, or keep the rows up to the epoch that is resumed from."""
+        rows = []
+        if self.path.is_file():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= engine.state.epoch]
+        self._first_epoch = engine.state.epoch + 1
+        self._run_started = time.monotonic()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.fields)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def note_time(self, engine: Engine) -> None:
+        """Start of an epoch."""
+        self._started = time.monotonic()
+
+    def __call__(self, engine: Engine) -> None:
+        """End of an epoch."""
+        now = time.monotonic()
+        validated = self.evaluator.state.epoch == engine.state.epoch
+        metrics = engine.state.metrics | (self.evaluator.state.metrics if validated else {})
+        row = {
+            "epoch": engine.state.epoch,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "context_size": engine.state.batch["image"].shape[1] - 1,
+            "seconds": round(now - self._started, 2),
+        } | {name: round(float(metrics[name]), 6) for name in self.fields if name in metrics}
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.fields).writerow(row)
+        per_epoch = (now - self._run_started) / (engine.state.epoch - self._first_epoch + 1)
+        left = per_epoch * (engine.state.max_epochs - engine.state.epoch)
+        logger.info(
+            "epoch %d/%d: %s, %d s, %s left",
+            engine.state.epoch,
+            engine.state.max_epochs,
+            ", ".join(f"{name} {row[name]:.4g}" for name in self.fields[1:5] if name in row),
+            row["seconds"],
+            _duration(left),
+        )
+
+
+class EpisodePictures:
+    """TensorBoard pictures of the last validation episode: target, truth, prediction, first contexts.
+
+    Args:
+        writer: where they go.
+        interval: epochs between pictures; 0 for none.
+    """
+
+    def __init__(self, writer: SummaryWriter, interval: int = 1) -> None:
+        self.writer = writer
+        self.interval = int(interval)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator that runs episodes."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Add a picture."""
+        if self.interval < 1 or engine.state.epoch % self.interval:
+            return
+        batch, output = engine.state.batch, engine.state.output
+        image, label, context_in, context_out = as_episode(batch, 0)
+        figure = episode_figure(
+            image[0, 0].cpu(),
+            label[0, 0].cpu(),
+            output["pred"][0, 0].detach().float().cpu(),
+            context_in[0, :, 0].cpu(),
+            context_out[0, :, 0].cpu(),
+        )
+        self.writer.add_image(
+            f"validation/{batch['dataset'][0]}", np.asarray(figure), engine.state.epoch, dataformats="HWC"
+        )  # fmt: skip
+
+
+class GroupProgress(ProgressBar):
+    """Ignite's progress bar over an epoch's groups, with loss and Dice."""
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        super().attach(
+            engine, output_transform=lambda output: {"loss": output["loss"].item(), "dice": output["dice"].item()}
+        )  # fmt: skip
+
+
+class BestScore:
+    """The lowest validation loss so far, in a form that checkpoints can keep."""
+
+    def __init__(self) -> None:
+        self.value = math.inf
+
+    def improves(self, value: float) -> bool:
+        """Whether this is the best yet; remembers it."""
+        if not value < self.value:
+            return False
+        self.value = value
+        return True
+
+    def state_dict(self) -> dict[str, float]:
+        """For a checkpoint."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """From a checkpoint."""
+        self.value = float(state["value"])
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -1,0 +1,171 @@
+"""The options of all workflows: meaning and type in one place.
+
+`--help true` prints from this table, and values from a command line (where ``false`` arrives as a string
+and ``32,48,32`` as a tuple) are brought to their type by it.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Option(NamedTuple):
+    """One option: how its value is read, and what it means."""
+
+    kind: str
+    meaning: str
+
+
+OPTIONS: dict[str, Option] = {
+    # data
+    "dataset_dir": Option("path", "nnU-Net dataset folder, or a folder of Dataset* folders; inference: the targets"),
+    "output_dir": Option("path", "where results go; training writes OUT/stage1 and OUT/stage2"),
+    "cache_dir": Option("path", "preprocessed cases and the integrity record; safe to delete"),
+    "datasets": Option("names", "use only these datasets of dataset_dir, by folder name or its Dataset001 part"),
+    "channel": Option("int", "input channel (modality), the number in CASE_0000"),
+    "sample_rate": Option("float", "fraction of each dataset's training cases that is used"),
+    "val_fraction": Option("float", "fraction of the cases held out for validation (model selection)"),
+    "test_fraction": Option("float", "fraction of the cases kept out of training and validation altogether"),
+    "split_file": Option("path", "a splits.json of an earlier run to use instead of a fresh split"),
+    "skip_bad_cases": Option("flag", "go on without faulty cases instead of stopping"),
+    "synthetic_cohorts": Option("int", "without dataset_dir: how many synthetic cohorts to make"),
+    "synthetic_subjects": Option("int", "without dataset_dir: subjects per synthetic cohort"),
+    "num_workers": Option("int", "data loading processes; 0 loads in the main process"),
+    # grid
+    "spatial_size": Option("grid", "grid of the network in voxels, one number or three"),
+    "spacing": Option("number", "isotropic voxel size of the grid in mm; None fits the largest case into the grid"),
+    # network
+    "channels": Option("ints", "width of each network stage; None takes the checkpoint's"),
+    "convs_per_block": Option("int", "convolutions per residual unit"),
+    "mini_context_size": Option("int", "context pairs that run at once; memory grows with it, results do not change"),
+    "checkpoint": Option("path", "weights to use, in this bundle's format"),
+    "init_checkpoint": Option("path", "weights to start from"),
+    # training
+    "epochs": Option("int", "epochs to train"),
+    "groups_per_epoch": Option("int", "groups per epoch; every member of a group is the target once"),
+    "val_groups": Option("int", "validation groups, the same at every validation"),
+    "val_interval": Option("int", "epochs between validations"),
+    "batch_size": Option("int", "groups per optimiser step"),
+    "context_size": Option("range", "context pairs: a number, or [low, high] drawn once per epoch"),
+    "val_context_size": Option("int", "context pairs in validation"),
+    "max_classes": Option("int", "at most this many random classes are merged into one foreground"),
+    "learning_rate": Option("float", "Adam's learning rate"),
+    "lr_patience": Option("int", "validations without gain before the learning rate is halved"),
+    "grad_clip": Option("float", "gradient norm is clipped to this"),
+    "loss_weight": Option("float", "factor on the smooth L3-L1 loss"),
+    "amp": Option("flag", "bfloat16 autocast (meant for GPUs; very slow on CPUs without bfloat16 units)"),
+    "early_stop": Option("flag", "stop when the validation loss no longer falls"),
+    "early_stop_patience": Option("int", "validations without gain before stopping"),
+    "image_interval": Option("int", "epochs between TensorBoard pictures"),
+    "resume": Option("flag", "continue the run in the output folder"),
+    "overwrite": Option("flag", "replace results that are already there"),
+    "seed": Option("int", "seed of everything random"),
+    "device": Option("text", "cuda, cuda:1 or cpu"),
+    # inference and evaluation
+    "context_dir": Option("path", "nnU-Net dataset folder with the example pairs (imagesTr, labelsTr)"),
+    "task": Option("text", "segmentation or generation"),
+    "labels": Option("ints", "label values to segment; None takes all that the contexts have"),
+    "context_label_channel": Option("int", "generation: the contexts' channel that is the wanted output"),
+    "context_selection": Option("text", "which contexts when there are more than context_size: random or first"),
+    "target_split": Option("text", "with split_file: which part of dataset_dir to run on"),
+    "overlays": Option("flag", "write a picture per case"),
+    "prediction_dir": Option("path", "predictions to score, one file per case"),
+    "reference_dir": Option("path", "reference labels (or images), same case names"),
+    # any
+    "help": Option("flag", "list the options"),
+    "debug": Option("flag", "full tracebacks"),
+}
+
+
+def flag(value: Any) -> bool:
+    """True or false from a boolean or from text in any case.
+
+    Raises:
+        ValueError: neither.
+    """
+    text = str(value).strip().lower()
+    if text in ("true", "1", "yes"):
+        return True
+    if text in ("false", "0", "no", "none"):
+        return False
+    raise ValueError(f"expected true or false, got {value!r}")
+
+
+def normalise(name: str, value: Any) -> Any:
+    """Bring an option's value to its type; None stays None.
+
+    Raises:
+        ValueError: the value does not fit; the message names the option.
+    """
+    option = OPTIONS[name]
+    if option.kind == "flag":
+        reader: Callable[[Any], Any] = flag
+    elif value is None or str(value).strip().lower() == "none":
+        return None
+    else:
+        reader = _READERS[option.kind]
+    try:
+        return reader(value)
+    except (ValueError, TypeError, SyntaxError) as error:
+        raise ValueError(f"--{name} {value!r} is not a valid {option.kind} ({option.meaning}): {error}") from error
+
+
+def _number(value: Any) -> float:
+    return float(value)
+
+
+def _whole(value: Any) -> int:
+    number = float(value)
+    if number != int(number):
+        raise ValueError("not a whole number")
+    return int(number)
+
+
+def _sequence(value: Any) -> list[Any]:
+    if isinstance(value, str):
+        text = value.strip()
+        if text.startswith(("[", "(")):
+            return list(ast.literal_eval(text))
+        return [part for part in text.replace(",", " ").split() if part]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _whole_numbers(value: Any) -> list[int]:
+    return [_whole(v) for v in _sequence(value)]
+
+
+def _grid(value: Any) -> list[int]:
+    sizes = _whole_numbers(value)
+    if len(sizes) not in (1, 3) or min(sizes) < 1:
+        raise ValueError("one or three positive numbers are needed")
+    return sizes * 3 if len(sizes) == 1 else sizes
+
+
+def _range(value: Any) -> int | list[int]:
+    bounds = _whole_numbers(value)
+    low, high = bounds[0], bounds[-1]
+    if len(bounds) > 2 or not 1 <= low <= high:
+        raise ValueError("one number >= 1, or [low, high]")
+    return low if len(bounds) == 1 else [low, high]
+
+
+def _path(value: Any) -> str:
+    text = str(value)
+    if "#" in text:
+        raise ValueError("a '#' in a path is read as a separator of config ids; rename or link the folder")
+    return text
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "int": _whole,
+    "float": _number,
+    "number": _number,
+    "ints": _whole_numbers,
+    "grid": _grid,
+    "range": _range,
+    "names": lambda value: [str(v) for v in _sequence(value)],
+    "path": _path,
+    "text": str,
+}

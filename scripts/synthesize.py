@@ -1,0 +1,57 @@
+"""Make synthetic training data: nnU-Net datasets whose cases are subjects of one random anatomy each.
+
+Command line::
+
+    python -m scripts.synthesize --output_dir DATA --cohorts 20 --subjects 8
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from scripts.data.synthesis import write_cohorts
+from scripts.options import flag
+
+
+def synthesize(
+    output_dir: str,
+    cohorts: int = 20,
+    subjects: int = 8,
+    spatial_size: int | Sequence[int] = 64,
+    num_labels: int = 4,
+    seed: int = 0,
+    spacing_mm: float = 1.0,
+    start_id: int = 900,
+    overwrite: bool = False,
+) -> None:
+    """Write synthetic cohorts as nnU-Net datasets: ``Dataset900_Synthetic000``, ``Dataset901_Synthetic001`` and so on.
+
+    Args:
+        output_dir: folder to hold the datasets; made if missing.
+        cohorts: how many datasets.
+        subjects: how many cases in each.
+        spatial_size: voxels along each axis, one number or three.
+        num_labels: how many labelled structures.
+        seed: the same seed gives the same data.
+        spacing_mm: edge length of a voxel.
+        start_id: number of the first dataset.
+        overwrite: replace datasets of the same name.
+    """
+    folders = write_cohorts(
+        str(output_dir),
+        cohorts,
+        subjects,
+        spatial_size=spatial_size,
+        num_labels=num_labels,
+        seed=seed,
+        spacing_mm=spacing_mm,
+        start_id=start_id,
+        overwrite=flag(overwrite),
+    )
+    print(f"{output_dir}: {folders[0].name} … {folders[-1].name}, {len(folders)} x {subjects} cases")
+
+
+if __name__ == "__main__":
+    from scripts.commandline import main
+
+    main(synthesize)

@@ -1,0 +1,201 @@
+"""A training run in its folder: start, checkpoints, resume."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.handlers import EarlyStopHandler
+
+from scripts.checkpoint import CheckpointError, atomic_save, load_weights, read_checkpoint
+from scripts.data import Collection, EpisodeDataset
+from scripts.handlers import BestScore
+from scripts.networks import Neuroverse3D
+
+logger = logging.getLogger(__name__)
+
+BEST, LAST = "model.pt", "last.pt"
+
+
+def claim_folder(folder: str, resume: bool = False, overwrite: bool = False) -> None:
+    """Make sure that training into a folder loses nothing.
+
+    Args:
+        folder: the run's folder.
+        resume: continue what is there.
+        overwrite: start anew where there is a run, which is deleted.
+
+    Raises:
+        FileNotFoundError: nothing to resume.
+        FileExistsError: the folder holds a run, and neither ``resume`` nor ``overwrite`` is given.
+    """
+    path = Path(folder)
+    if resume:
+        if not (path / LAST).is_file():
+            raise FileNotFoundError(f"nothing to resume: no {path / LAST}")
+        return
+    held = [name for name in (LAST, BEST, "metrics.csv") if (path / name).exists()]
+    if held and not overwrite:
+        raise FileExistsError(
+            f"{path} already holds a run ({', '.join(held)}): continue it with --resume true, replace it "
+            "with --overwrite true, or give another --output_dir"
+        )
+    for name in held:
+        (path / name).unlink()
+    if held:
+        shutil.rmtree(path / "tensorboard", ignore_errors=True)
+
+
+class TrainingRun:
+    """Trains into a folder: ``model.pt`` (best on validation), ``last.pt`` (to resume), configuration, split.
+
+    ``last.pt`` holds the network, optimiser, scheduler, epoch, random state, best score and early-stop count,
+    and is written whole or not at all after every epoch.
+
+    Args:
+        folder: the run's folder.
+        network: the network (a wrapper's ``module`` is looked through).
+        optimizer: its optimiser.
+        lr_scheduler: the plateau scheduler, stepped on validation.
+        trainer: training engine.
+        evaluator: validation engine, run by the trainer; its ``val_loss`` decides which model is best.
+        datasets: training and validation episodes, to be checked before any work.
+        collection: where the split comes from; None when the cases were given directly.
+        early_stopping: handler to use, or None.
+        init_checkpoint: weights to start from.
+        resume: continue what is in the folder (claimed by :func:`claim_folder` before).
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        network: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: Any,
+        trainer: Engine,
+        evaluator: Engine,
+        datasets: list[EpisodeDataset],
+        collection: Collection | None = None,
+        early_stopping: EarlyStopHandler | None = None,
+        init_checkpoint: str | None = None,
+        resume: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        self.network: Neuroverse3D = getattr(network, "module", network)
+        self.trainer = trainer
+        self.evaluator = evaluator
+        self.datasets = datasets
+        self.collection = collection
+        self.init_checkpoint = init_checkpoint
+        self.resume = resume
+        self.best = BestScore()
+        self.state = {
+            "network": self.network,
+            "optimizer": optimizer,
+            "lr_scheduler": lr_scheduler,
+            "trainer": trainer,
+            "best": self.best,
+            "random": RandomState(),
+        }
+        if early_stopping is not None:
+            early_stopping.set_trainer(trainer)
+            early_stopping.attach(evaluator)
+            self.state["early_stopping"] = early_stopping
+
+    def run(self, config: Mapping[str, Any]) -> None:
+        """Check the data, load weights, train.
+
+        Args:
+            config: the configuration as run, kept in ``config.json``.
+
+        Raises:
+            DatasetError: faulty or too few cases.
+            CheckpointError: unusable weights.
+        """
+        for dataset in self.datasets:
+            dataset.prepare()
+        if self.resume:
+            self._restore(self.folder / LAST)
+        elif self.init_checkpoint:
+            load_weights(self.network, self.init_checkpoint)
+            logger.info("starting from %s", self.init_checkpoint)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
+        if self.collection is not None:
+            self.collection.write_split(self.folder / "splits.json")
+        logger.info(
+            "training %d parameters, channels %s, epochs %d to %d, into %s",
+            sum(p.numel() for p in self.network.parameters()),
+            list(self.network.channels),
+            self.trainer.state.epoch + 1,
+            self.trainer.state.max_epochs,
+            self.folder,
+        )
+        self.trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+        self.trainer.run()
+        logger.info("best validation loss %.4g; weights in %s", self.best.value, self.folder / BEST)
+
+    def _restore(self, path: Path) -> None:
+        content = read_checkpoint(path)
+        missing = set(self.state) - set(content) - {"early_stopping"} if isinstance(content, dict) else set(self.state)
+        if missing:
+            raise CheckpointError(f"{path} cannot be resumed: it has no {', '.join(sorted(missing))}")
+        try:
+            self.network.load_state_dict(content["network"])
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{path} holds a network of other --channels or --convs_per_block than this run's "
+                f"{list(self.network.channels)}, {self.network.convs_per_block}"
+            ) from error
+        epochs, length = self.trainer.state.max_epochs, self.trainer.state.epoch_length
+        if content["trainer"]["epoch_length"] != length:
+            raise CheckpointError(
+                f"{path} was trained with {content['trainer']['epoch_length']} iterations per epoch, this run has "
+                f"{length}: keep --groups_per_epoch and --batch_size when resuming"
+            )
+        for name, part in self.state.items():
+            if name in content and name != "network":
+                part.load_state_dict(content[name])
+        if self.trainer.state.epoch >= epochs:
+            raise ValueError(f"{path} has already finished epoch {self.trainer.state.epoch} of --epochs {epochs}")
+        self.trainer.state.max_epochs = epochs
+        logger.info("resuming after epoch %d", self.trainer.state.epoch)
+
+    def _save(self, engine: Engine) -> None:
+        if self.evaluator.state.epoch == engine.state.epoch:  # validated in this epoch
+            if self.best.improves(float(self.evaluator.state.metrics["val_loss"])):
+                atomic_save(self.network.state_dict(), self.folder / BEST)
+        atomic_save({name: part.state_dict() for name, part in self.state.items()}, self.folder / LAST)
+
+
+class RandomState:
+    """State of the global random generators, as tensors and numbers that load without unpickling."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Take the state."""
+        version, python, gauss = random.getstate()
+        name, keys, position, has_gauss, cached = np.random.get_state()
+        return {
+            "python": [version, list(python), gauss],
+            "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put the state back."""
+        version, python, gauss = state["python"]
+        random.setstate((version, tuple(python), gauss))
+        name, keys, position, has_gauss, cached = state["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+        torch.set_rng_state(state["torch"])
+        if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])

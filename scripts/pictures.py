@@ -12,11 +12,12 @@ import colorsys
 import os
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from scripts.atomic import write_atomically
 
 PANEL_PX = 256
 GAP_PX = 8
@@ -121,14 +122,7 @@ def episode_figure(
 
 def save_png(figure: Image.Image, path: str | os.PathLike) -> None:
     """Write the figure as PNG: the complete file takes the old one's place, or the old one stays."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda temporary: figure.save(temporary, format="PNG"))
 
 
 def _array(x: Any) -> np.ndarray:

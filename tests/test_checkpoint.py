@@ -326,7 +326,8 @@ def test_atomic_save_keeps_the_old_file_when_writing_fails(error, tmp_path, monk
     atomic_save({"a": torch.ones(2)}, path)
 
     def fails_midway(obj, file):
-        file.write(b"half")
+        with open(file, "wb") as handle:
+            handle.write(b"half")
         raise error
 
     monkeypatch.setattr(torch, "save", fails_midway)
@@ -350,7 +351,38 @@ def test_atomic_save_replaces_and_respects_the_umask(tmp_path):
     assert files_in(path.parent) == ["model.pt"]
 
 
-# --- download and command line ----------------------------------------------------------------------------
+# --- the network of a run ---------------------------------------------------------------------------------
+
+
+def test_load_weights_keeps_the_networks_own_grid(network, ours):
+    other = Neuroverse3D(channels=(2, 4, 8), spatial_size=32)
+    checkpoint.load_weights(other, ours)
+    assert other.grid.tolist() == [32, 32, 32]
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), network.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("shape", [{"channels": (2, 4, 6)}, {"channels": (2, 4)}, {"convs_per_block": 1}])
+def test_load_weights_of_another_network(shape, ours):
+    other = Neuroverse3D(**{"channels": (2, 4, 8), **shape})
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load_weights(other, ours)
+    message = one_line(caught)
+    assert str(ours) in message and "[2, 4, 8] and 2 convs" in message and str(list(other.channels)) in message
+
+
+def test_network_options(ours, tmp_path):
+    options = checkpoint.network_options(ours, spatial_size=(32, 32, 32))
+    assert options["channels"] == (2, 4, 8) and options["spatial_size"] == (32, 32, 32)
+    assert checkpoint.network_options(ours, channels=[2, 4, 8])["spatial_size"] == (128, 128, 128)
+    assert checkpoint.network_options(None, channels=[4, 8]) == {"channels": (4, 8)}
+    assert checkpoint.network_options(tmp_path / "later.pt", convs_per_block=1) == {"convs_per_block": 1}
+    with pytest.raises(ValueError) as caught:
+        checkpoint.network_options(ours, channels=[4, 8])
+    message = one_line(caught)
+    assert "(4, 8)" in message and "(2, 4, 8)" in message and str(ours) in message
+
+
+# --- download ---------------------------------------------------------------------------------------------
 
 
 def test_download_prints_the_digest_and_converts(network, theirs, tmp_path, monkeypatch, capsys):

@@ -65,9 +65,13 @@ def test_radiological_convention(axis, plane, line):
     # the far end of an axis (right, anterior, superior) is drawn at the left or at the top
     high, low = [30] * 3, [10] * 3
     low[axis], high[axis] = 32, 38
-    pixels = panel(overlay_figure(scan(), cube(low=low, high=high), (1, 1, 1)), plane)
-    positions = where(pixels, label_colour(1))[line]
+    end = cube(low=low, high=high)
+    positions = where(panel(overlay_figure(scan(), end, (1, 1, 1)), plane), label_colour(1))[line]
     assert (positions < PANEL_PX // 2).all()
+    image = panel(overlay_figure(end, cube(), (1, 1, 1)), plane, False).max(-1)
+    image[110:146, :20] = image[110:146, -20:] = 0  # the letters
+    near, far = np.split(image, 2, axis=line)
+    assert (near > 128).any() and not (far > 128).any()
 
 
 def test_letters_stand_at_both_sides(monkeypatch):

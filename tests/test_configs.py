@@ -1,0 +1,102 @@
+"""The configurations as documents: what stage 2 changes, MONAI's own checks, option names."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow, verify_net_in_out
+
+from scripts.options import OPTIONS
+
+CONFIGS = Path("configs")
+WORKFLOWS = ("train_stage1", "train_stage2", "inference", "evaluate")
+
+
+def read(name):
+    return json.loads((CONFIGS / f"{name}.json").read_text())
+
+
+def test_stage_two_changes_only_what_it_must():
+    first, second = read("train_stage1"), read("train_stage2")
+    assert list(first) == list(second)
+    changed = {key for key in first if first[key] != second[key]}
+    assert changed == {"description", "stage", "init_checkpoint", "epochs", "context_size", "learning_rate"}
+    assert (second["epochs"], second["context_size"], second["learning_rate"]) == (100, [2, 9], 2e-6)
+    assert (first["epochs"], first["context_size"], first["learning_rate"]) == (50, 3, 1e-5)
+
+
+def test_published_recipe_is_the_default():
+    config = read("train_stage1")
+    assert (config["loss_weight"], config["grad_clip"], config["lr_patience"]) == (50.0, 0.25, 10)
+    assert (config["groups_per_epoch"], config["val_groups"], config["batch_size"]) == (1000, 50, 1)
+    assert config["spatial_size"] == 128 and read("inference")["context_size"] == 8
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_every_plain_value_at_the_top_is_an_explained_option(name):
+    internal = {"description", "bundle_root", "stage", "initialize", "run", "finalize", "imports"}
+    plain = {
+        key
+        for key, value in read(name).items()
+        if not isinstance(value, dict) and not (isinstance(value, str) and value.startswith(("$", "@")))
+    }
+    assert plain - internal - set(OPTIONS) == {"handlers"} - (set() if name == "inference" else {"handlers"})
+
+
+@pytest.mark.parametrize("name", ["train_stage1", "train_stage2", "inference"])
+def test_monai_finds_every_property_without_data_or_weights(name, tmp_path):
+    workflow = ConfigWorkflow(
+        str(CONFIGS / f"{name}.json"),
+        workflow_type="infer" if name == "inference" else "train",
+        output_dir=str(tmp_path),
+        checkpoint=str(tmp_path / "none.pt") if name == "inference" else None,
+        channels=[2, 4],
+        spatial_size=8,
+        device="cpu",
+    )
+    workflow.initialize()
+    assert workflow.check_properties() == []
+    assert not list(tmp_path.rglob("*.nii.gz"))
+
+
+def test_network_accepts_what_the_metadata_promise():
+    contexts = torch.rand(1, 3, 1, 16, 16, 16)
+    verify_net_in_out(
+        "network_def",
+        "configs/metadata.json",
+        "configs/inference.json",
+        extra_forward_args={"context_in": contexts, "context_out": contexts},
+        channels=[2, 2, 2, 2, 2],
+    )
+
+
+def test_metadata_and_the_rest_agree_on_versions():
+    metadata = read("metadata")
+    pinned = dict(
+        line.strip().split("==") for line in Path("requirements.txt").read_text().splitlines() if "==" in line
+    )
+    assert metadata["version"] in metadata["changelog"]
+    assert f"[{metadata['version']}]" in Path("CHANGELOG.md").read_text()
+    assert metadata["monai_version"] == pinned.pop("monai")
+    assert metadata["pytorch_version"] == pinned.pop("torch")
+    assert metadata["numpy_version"] == pinned.pop("numpy")
+    assert metadata["required_packages_version"] == pinned
+
+
+def test_metadata_follow_the_specification():
+    metadata = read("metadata")
+    for key in ("task", "description", "authors", "copyright", "intended_use", "data_source", "data_type"):
+        assert isinstance(metadata[key], str) and metadata[key]
+    for key in ("changelog", "required_packages_version", "eval_metrics", "supported_apps"):
+        assert isinstance(metadata[key], dict)
+    assert isinstance(metadata["references"], list)
+    inputs, outputs = metadata["network_data_format"]["inputs"], metadata["network_data_format"]["outputs"]
+    assert list(inputs) == ["image", "context_in", "context_out"] and list(outputs) == ["pred"]
+    for tensor in (*inputs.values(), *outputs.values()):
+        assert {"type", "format", "num_channels", "spatial_shape", "dtype", "value_range"} <= set(tensor)
+
+
+def test_the_zoo_s_files_are_there():
+    for name in ("LICENSE", "configs/metadata.json", "configs/logging.conf", "docs/README.md", "docs/data_license.txt"):
+        assert Path(name).is_file(), name

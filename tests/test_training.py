@@ -1,0 +1,239 @@
+"""Both training stages through their configurations, on tiny synthetic cohorts."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow
+
+from scripts.checkpoint import load_network, read_checkpoint
+from scripts.commandline import root_cause
+from scripts.data.synthesis import write_cohorts
+from scripts.engine import GroupTrainer, episode_dice, prepare_episode
+
+SMALL = {
+    "channels": [4, 8],
+    "spatial_size": 16,
+    "epochs": 2,
+    "groups_per_epoch": 2,
+    "val_groups": 2,
+    "context_size": 2,
+    "val_context_size": 2,
+    "learning_rate": 1e-3,
+    "num_workers": 0,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_cohorts(folder, cohorts=1, subjects=8, spatial_size=16, num_labels=2, progress=False)
+    return folder
+
+
+def train(output_dir, stage="stage1", **options):
+    workflow = ConfigWorkflow(
+        f"configs/train_{stage}.json", workflow_type="train", output_dir=str(output_dir), **(SMALL | options)
+    )
+    workflow.initialize()
+    try:
+        workflow.run()
+    except RuntimeError as error:
+        raise root_cause(error) from None
+    workflow.finalize()
+    return output_dir / stage
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def same_weights(a, b):
+    first, second = load_network(a).state_dict(), load_network(b).state_dict()
+    return all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("run"), dataset_dir=str(data))
+
+
+def test_a_run_leaves_its_files(finished):
+    names = {p.name for p in finished.iterdir()}
+    assert names == {"model.pt", "last.pt", "tensorboard", "config.json", "metrics.csv", "splits.json"}
+    assert [row["epoch"] for row in rows(finished)] == ["1", "2"]
+    assert all(0 <= float(row["val_dice"]) <= 1 and float(row["val_loss"]) > 0 for row in rows(finished))
+    config = json.loads((finished / "config.json").read_text())
+    assert config["channels"] == [4, 8] and config["spatial_size"] == [16, 16, 16]
+    split = json.loads((finished / "splits.json").read_text())
+    parts = [set(split[part].get("Dataset900_Synthetic000", [])) for part in ("train", "val", "test")]
+    assert len(parts[0]) + len(parts[1]) == 8 and not parts[0] & parts[1]
+
+
+def test_checkpoint_knows_its_network(finished):
+    network = load_network(finished / "model.pt")
+    assert network.channels == (4, 8) and network.grid.tolist() == [16, 16, 16]
+
+
+def test_tensorboard_has_scalars_and_pictures(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "tensorboard"))
+    events.Reload()
+    assert {"train_loss", "val_loss", "train_dice", "val_dice"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["validation/Dataset900_Synthetic000"]
+
+
+def test_same_seed_same_weights_and_another_seed_others(finished, data, tmp_path):
+    assert same_weights(finished / "model.pt", train(tmp_path / "a", dataset_dir=str(data)) / "model.pt")
+    assert not same_weights(finished / "model.pt", train(tmp_path / "b", dataset_dir=str(data), seed=1) / "model.pt")
+
+
+def test_resumed_run_equals_an_uninterrupted_one(finished, data, tmp_path):
+    half = train(tmp_path, dataset_dir=str(data), epochs=1)
+    assert len(rows(half)) == 1
+    train(tmp_path, dataset_dir=str(data), epochs=2, resume=True)
+    assert same_weights(half / "last.pt", finished / "last.pt")
+    drop = ("seconds",)
+    strip = [{k: v for k, v in row.items() if k not in drop} for row in rows(half)]
+    assert strip == [{k: v for k, v in row.items() if k not in drop} for row in rows(finished)]
+    before, after = (read_checkpoint(f / "last.pt") for f in (finished, half))
+    assert before["best"] == after["best"] and before["lr_scheduler"] == after["lr_scheduler"]
+
+
+def test_resume_keeps_a_better_model(data, tmp_path):
+    folder = train(tmp_path, dataset_dir=str(data), epochs=1)
+    content = read_checkpoint(folder / "last.pt")
+    content["best"] = {"value": 0.0}  # nothing can be better
+    torch.save(content, folder / "last.pt")
+    shutil.copy(folder / "model.pt", tmp_path / "kept.pt")
+    train(tmp_path, dataset_dir=str(data), epochs=2, resume=True)
+    assert same_weights(folder / "model.pt", tmp_path / "kept.pt")
+
+
+def test_a_finished_run_is_not_overwritten_unasked(data, tmp_path):
+    folder = train(tmp_path, dataset_dir=str(data), epochs=1)
+    stamp = (folder / "model.pt").stat().st_mtime_ns
+    with pytest.raises(FileExistsError, match="--resume true"):
+        train(tmp_path, dataset_dir=str(data), epochs=1)
+    with pytest.raises(ValueError, match="already finished epoch 1"):
+        train(tmp_path, dataset_dir=str(data), epochs=1, resume="TRUE")
+    assert (folder / "model.pt").stat().st_mtime_ns == stamp
+    train(tmp_path, dataset_dir=str(data), epochs=1, overwrite=True)
+    assert len(rows(folder)) == 1
+
+
+def test_nothing_to_resume(data, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        train(tmp_path, dataset_dir=str(data), resume=True)
+
+
+def test_resume_refuses_another_epoch_length(data, tmp_path):
+    train(tmp_path, dataset_dir=str(data), epochs=1)
+    with pytest.raises(ValueError, match="--groups_per_epoch"):
+        train(tmp_path, dataset_dir=str(data), epochs=2, groups_per_epoch=3, resume=True)
+
+
+def test_stage_two_goes_on_from_stage_one(finished, data, tmp_path):
+    shutil.copytree(finished, tmp_path / "stage1")
+    options = SMALL | {"dataset_dir": str(data), "channels": None, "epochs": 3, "context_size": [1, 6]}
+    folder = train(tmp_path, "stage2", **options)
+    sizes = {int(row["context_size"]) for row in rows(folder)}
+    assert sizes <= set(range(1, 7)) and len(sizes) > 1
+    assert load_network(folder / "model.pt").channels == (4, 8)
+    assert json.loads((folder / "splits.json").read_text()) == json.loads((finished / "splits.json").read_text())
+
+
+def test_stage_two_without_stage_one(data, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"stage1/model\.pt"):
+        train(tmp_path, "stage2", dataset_dir=str(data))
+
+
+def test_channels_that_contradict_the_checkpoint(finished, data, tmp_path):
+    with pytest.raises(ValueError, match=r"--channels \(8, 8\) contradicts .*\(4, 8\)"):
+        train(tmp_path, dataset_dir=str(data), channels=[8, 8], init_checkpoint=str(finished / "model.pt"))
+
+
+def test_without_a_dataset_it_trains_on_synthetic_cohorts(tmp_path):
+    folder = train(tmp_path, epochs=1, synthetic_cohorts=2, synthetic_subjects=6)
+    assert len(list((tmp_path / "cohorts").glob("Dataset*/dataset.json"))) == 2
+    assert (folder / "model.pt").is_file()
+
+
+def test_early_stopping_by_flag(data, tmp_path):
+    options = {"dataset_dir": str(data), "learning_rate": 0.0, "epochs": 6, "early_stop_patience": 2}
+    assert len(rows(train(tmp_path / "a", early_stop="True", **options))) == 3
+    assert len(rows(train(tmp_path / "b", early_stop="false", **(options | {"epochs": 4})))) == 4
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(data, tmp_path):
+    with pytest.raises(FloatingPointError, match="--learning_rate"):
+        train(tmp_path, dataset_dir=str(data), learning_rate=1e30, epochs=3)
+
+
+def test_plateau_lowers_the_learning_rate(data, tmp_path):
+    options = {"dataset_dir": str(data), "learning_rate": 1e-12, "epochs": 4, "lr_patience": 0}
+    rates = [float(row["learning_rate"]) for row in rows(train(tmp_path, **options))]
+    assert rates[-1] < rates[0]
+
+
+def test_two_groups_per_step(data, tmp_path):
+    assert (train(tmp_path, dataset_dir=str(data), batch_size=2, epochs=1) / "model.pt").is_file()
+
+
+def test_faulty_cases_end_the_run_unless_skipped(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    images = sorted((tmp_path / "data" / "Dataset900_Synthetic000" / "imagesTr").iterdir())
+    images[0].write_bytes(images[0].read_bytes()[:200])
+    with pytest.raises(ValueError, match=images[0].name.removesuffix("_0000.nii.gz")):
+        train(tmp_path / "out", dataset_dir=str(tmp_path / "data"))
+    assert not (tmp_path / "out" / "stage1" / "model.pt").exists()
+    train(tmp_path / "out", dataset_dir=str(tmp_path / "data"), epochs=1, skip_bad_cases="true")
+
+
+class Counting(torch.nn.Module):
+    """Remembers which target it saw; one parameter to train."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+        self.seen = []
+
+    def forward(self, target_in, context_in, context_out, mini_context_size):
+        self.seen.append((target_in.mean().item(), context_in.mean((0, 2, 3, 4, 5)).tolist(), mini_context_size))
+        return target_in * self.scale
+
+
+def test_every_member_in_turn_is_the_target_with_one_step_each():
+    group = torch.arange(3.0).reshape(1, 3, 1, 1, 1, 1).expand(1, 3, 1, 4, 4, 4)
+    network = Counting()
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    steps = []
+    optimizer.register_step_post_hook(lambda *_: steps.append(network.scale.item()))
+    trainer = GroupTrainer(
+        "cpu",
+        1,
+        [{"image": group, "label": (group > 0).float()}],
+        network,
+        optimizer,
+        torch.nn.MSELoss(),
+        prepare_batch=prepare_episode,
+        to_kwargs={"mini_context_size": 2},
+        decollate=False,
+    )
+    trainer.run()
+    assert [target for target, _, _ in network.seen] == [0.0, 1.0, 2.0]
+    assert [contexts for _, contexts, _ in network.seen] == [[1.0, 2.0], [0.0, 2.0], [0.0, 1.0]]
+    assert {size for _, _, size in network.seen} == {2} and len(steps) == 3
+
+
+def test_dice_of_masks():
+    label = torch.zeros(1, 1, 4, 4, 4)
+    label[..., :2] = 1
+    assert episode_dice({"pred": label, "label": label}) == 1
+    assert episode_dice({"pred": 1 - label, "label": label}) == 0
+    assert episode_dice({"pred": 0 * label, "label": 0 * label}) == 1

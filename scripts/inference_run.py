@@ -156,7 +156,7 @@ class InferenceRun(Sequence[Case]):
         targets = find_targets(self.dataset_dir, self.channel)
         if self.split_file is None:
             return targets
-        folder = Path(self.dataset_dir).resolve()
+        folder = Path(self.dataset_dir).absolute()
         name = folder.parent.name if folder.name in ("imagesTr", "imagesTs") else folder.name
         parts = read_split(self.split_file, [{**target, "dataset": name} for target in targets])
         if not parts.get(self.target_split):

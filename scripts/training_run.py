@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.handlers import EarlyStopHandler
+from ignite.handlers import EarlyStopping
 
 from scripts.checkpoint import CheckpointError, atomic_save, load_weights, read_checkpoint
 from scripts.data import Collection, EpisodeDataset
@@ -69,7 +69,7 @@ class TrainingRun:
         evaluator: validation engine, run by the trainer; its ``val_loss`` decides which model is best.
         datasets: training and validation episodes, to be checked before any work.
         collection: where the split comes from; None when the cases were given directly.
-        early_stopping: handler to use, or None.
+        early_stop_patience: stop after this many validations without gain; None never does.
         init_checkpoint: weights to start from.
         resume: continue what is in the folder (claimed by :func:`claim_folder` before).
     """
@@ -84,7 +84,7 @@ class TrainingRun:
         evaluator: Engine,
         datasets: list[EpisodeDataset],
         collection: Collection | None = None,
-        early_stopping: EarlyStopHandler | None = None,
+        early_stop_patience: int | None = None,
         init_checkpoint: str | None = None,
         resume: bool = False,
     ) -> None:
@@ -105,10 +105,11 @@ class TrainingRun:
             "best": self.best,
             "random": RandomState(),
         }
-        if early_stopping is not None:
-            early_stopping.set_trainer(trainer)
-            early_stopping.attach(evaluator)
-            self.state["early_stopping"] = early_stopping
+        if early_stop_patience is not None:
+            # Ignite's own handler: MONAI's wrapper has no state to resume from
+            stop = EarlyStopping(early_stop_patience, lambda engine: -engine.state.metrics["val_loss"], trainer)
+            evaluator.add_event_handler(Events.EPOCH_COMPLETED, stop)
+            self.state["early_stopping"] = stop
 
     def run(self, config: Mapping[str, Any]) -> None:
         """Check the data, load weights, train.

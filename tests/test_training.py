@@ -167,6 +167,9 @@ def test_without_a_dataset_it_trains_on_synthetic_cohorts(tmp_path):
 def test_early_stopping_by_flag(data, tmp_path):
     options = {"dataset_dir": str(data), "learning_rate": 0.0, "epochs": 6, "early_stop_patience": 2}
     assert len(rows(train(tmp_path / "a", early_stop="True", **options))) == 3
+    resumed = {**options, "epochs": 2}
+    train(tmp_path / "c", early_stop=True, **resumed)  # the count goes on after a resume
+    assert len(rows(train(tmp_path / "c", early_stop=True, resume=True, **options))) == 3
     assert len(rows(train(tmp_path / "b", early_stop="false", **(options | {"epochs": 4})))) == 4
 
 
@@ -176,7 +179,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(data, tmp_path):
 
 
 def test_plateau_lowers_the_learning_rate(data, tmp_path):
-    options = {"dataset_dir": str(data), "learning_rate": 1e-12, "epochs": 4, "lr_patience": 0}
+    options = {"dataset_dir": str(data), "learning_rate": 1e-12, "epochs": 3, "lr_patience": 0}
     rates = [float(row["learning_rate"]) for row in rows(train(tmp_path, **options))]
     assert rates[-1] < rates[0]
 

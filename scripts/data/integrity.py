@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _AFFINE_TOLERANCE_MM = 1e-2
 _VERSION = 1
 _MISSING = "missing|"
+_FACTS = ("digest", "image_digest", "extent_mm", "voxel_mm", "values", "problems")
 
 
 def inspect_cases(cases: Sequence[Case], record: str | Path | None = None, workers: int = 4) -> list[Case]:
@@ -41,8 +42,8 @@ def inspect_cases(cases: Sequence[Case], record: str | Path | None = None, worke
 
     Returns:
         The cases with ``digest`` and ``image_digest`` (SHA-256 of both files' and of the image's bytes),
-        ``extent_mm`` (size of the foreground box along R, A, S), ``values`` (label value -> voxels) and
-        ``problems`` (one text each, empty for a sound case) added.
+        ``extent_mm`` and ``voxel_mm`` (size of the foreground box and of a voxel along R, A, S), ``values``
+        (label value -> voxels) and ``problems`` (one text each, empty for a sound case) added.
     """
     known = _read_record(record)
     keys = [_key(case) for case in cases]
@@ -93,7 +94,7 @@ def _name(case: Case) -> str:
 
 
 def _inspect(case: Case) -> dict[str, Any]:
-    found: dict[str, Any] = {"digest": None, "image_digest": None, "extent_mm": None, "values": {}, "problems": []}
+    found: dict[str, Any] = dict.fromkeys(_FACTS) | {"values": {}, "problems": []}
     problems = found["problems"]
     image = _read(case["image"], "image", problems)
     label = None
@@ -128,6 +129,7 @@ def _inspect(case: Case) -> dict[str, Any]:
     label_digest = file_digest(case["label"]) if label is not None else ""
     found["digest"] = hashlib.sha256(f"{found['image_digest']}{label_digest}".encode()).hexdigest()
     found["extent_mm"] = box_extent_mm(foreground, affine)
+    found["voxel_mm"] = box_extent_mm(np.ones((1, 1, 1), bool), affine)
     return found
 
 
@@ -216,6 +218,7 @@ def _read_record(record: str | Path | None) -> dict[str, dict[str, Any]]:
         return {}
     try:
         content = json.loads(Path(record).read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
     except ValueError:
         return {}  # damaged: everything is looked at again
+    entries = content.items() if isinstance(content, dict) else ()
+    return {key: found for key, found in entries if isinstance(found, dict) and set(_FACTS) <= set(found)}

@@ -11,6 +11,7 @@ A case is a plain dict, as MONAI's datasets take them: ``image`` and ``label`` (
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -55,7 +56,7 @@ class NnunetDataset:
         Raises:
             DatasetError: no images, or an unreadable ``dataset.json``.
         """
-        root = Path(root).resolve()
+        root = Path(os.path.abspath(root))  # a link keeps its own name
         if not any(strip_ending(p) for p in _files(root / "imagesTr")):
             raise DatasetError(f"{root / 'imagesTr'} holds no images (expected CASE_0000.nii.gz)")
         description = root / "dataset.json"
@@ -67,7 +68,8 @@ class NnunetDataset:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DatasetError(f"{description} has no readable 'labels' entry: {error}") from error
         known = frozenset(value for values in classes.values() for value in values) | {0}
-        classes = {n: v for n, v in classes.items() if v != (0,) and n.lower() not in ("background", "ignore")}
+        foreground = {n: tuple(v for v in values if v != 0) for n, values in classes.items()}
+        classes = {n: v for n, v in foreground.items() if v and n.lower() not in ("background", "ignore")}
         return cls(root, classes, known)
 
     def cases(self, channel: int = 0) -> list[Case]:
@@ -128,17 +130,23 @@ def find_datasets(folder: str | Path, names: Sequence[str] | None = None) -> lis
             f"no folder {folder}: --dataset_dir takes an nnU-Net dataset folder or a folder of them"
         )
     if (folder / "imagesTr").is_dir():
-        roots = [folder.resolve()]
+        roots = [Path(os.path.abspath(folder))]
     else:
         roots = sorted(p for p in folder.iterdir() if (p / "imagesTr").is_dir())
     if not roots:
         raise DatasetError(f"no nnU-Net dataset in {folder}: expected imagesTr/ and labelsTr/ there or one level below")
     if names:
-        by_name = {n: root for root in roots for n in (root.name, root.name.split("_")[0])}
-        missing = [n for n in names if n not in by_name]
+        named = {
+            name: [r for r in roots if r.name == name] or [r for r in roots if r.name.split("_")[0] == name]
+            for name in names
+        }
+        missing = [name for name in names if not named[name]]
         if missing:
             raise DatasetError(f"{', '.join(missing)} not in {folder}, which has {', '.join(r.name for r in roots)}")
-        roots = sorted({by_name[n] for n in names})
+        for name, several in named.items():
+            if len(several) > 1:
+                raise DatasetError(f"{name} could be any of {', '.join(r.name for r in several)}: give the full name")
+        roots = sorted({several[0] for several in named.values()})
     return [NnunetDataset.read(root) for root in roots]
 
 
@@ -166,7 +174,7 @@ def find_targets(path: str | Path, channel: int = 0) -> list[Case]:
         files = _files(path)
     else:
         raise FileNotFoundError(f"no file or folder {path}: --dataset_dir takes the images to segment")
-    nnunet_layout = path.name in ("imagesTs", "imagesTr")
+    nnunet_layout = Path(os.path.abspath(path)).name in ("imagesTs", "imagesTr")
     found = []
     for file in files:
         name = strip_ending(file)
@@ -190,7 +198,10 @@ def _files(folder: Path) -> list[Path]:
 
 def _read_labels(labels: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     if all(re.fullmatch(r"-?\d+", str(key)) for key in labels):  # version 1: value -> name
-        return {str(name): (int(value),) for value, name in labels.items()}
+        classes: dict[str, tuple[int, ...]] = defaultdict(tuple)
+        for value, name in labels.items():
+            classes[str(name)] += (int(value),)
+        return dict(classes)
     return {
         str(name): tuple(int(v) for v in value) if isinstance(value, (list, tuple)) else (int(value),)
         for name, value in labels.items()

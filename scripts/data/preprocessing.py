@@ -190,8 +190,17 @@ def load_volume(path: str) -> MetaTensor:
 def fit_spacing(cases: Sequence[Case], spatial_size: Sequence[int]) -> float:
     """Isotropic voxel size in mm at which the largest case just fits the grid.
 
+    Resampling goes from the first to the last voxel's centre and gives ``round((extent - voxel) / spacing + 1)``
+    voxels, which at ``extent / size`` is one too many if voxels are less than half as large as those of the grid.
+
     Args:
-        cases: inspected cases (``extent_mm``).
+        cases: inspected cases (``extent_mm``, and ``voxel_mm`` where known).
         spatial_size: three voxel counts (R, A, S).
     """
-    return max(extent / size for case in cases for extent, size in zip(case["extent_mm"], spatial_size, strict=True))
+    return max(
+        max(extent / size, (extent - voxel) / (size - 0.501))
+        for case in cases
+        for extent, voxel, size in zip(
+            case["extent_mm"], case.get("voxel_mm") or case["extent_mm"], spatial_size, strict=True
+        )
+    )

@@ -87,6 +87,8 @@ def context_cases(
     Raises:
         FileNotFoundError, DatasetError: nothing there, or faulty cases (all named).
     """
+    if not Path(context_dir).is_dir():
+        raise FileNotFoundError(f"no folder {context_dir}: --context_dir takes an nnU-Net dataset folder")
     datasets = find_datasets(context_dir)
     if len(datasets) > 1:
         names = ", ".join(d.name for d in datasets)
@@ -97,16 +99,17 @@ def context_cases(
         missing = [case["case"] for case in cases if case["case"] not in outputs]
         if missing:
             raise DatasetError(f"{datasets[0].name}: no channel {label_channel:04d} for {', '.join(missing)}")
-        cases = [{"image": c["image"], "output": outputs[c["case"]], "case": c["case"]} for c in cases]
-        # both channels are images: each is looked at as one
-        outputs_seen = inspect_cases([{"image": c["output"], "case": c["case"]} for c in cases], record)
-        sound_cases(outputs_seen)
+        cases = [
+            {"image": c["image"], "output": outputs[c["case"]], "case": c["case"], "dataset": c["dataset"]}
+            for c in cases
+        ]
     inspected = sound_cases(inspect_cases(cases, record), skip_bad_cases)
     if split_file is None:
         return inspected
-    for case in inspected:
-        case.setdefault("dataset", datasets[0].name)
-    return read_split(split_file, inspected)["train"]
+    training = read_split(split_file, inspected)["train"]
+    if not training:
+        raise DatasetError(f"{split_file} has no training cases of {datasets[0].name} to take contexts from")
+    return training
 
 
 def choose(cases: Sequence[Case], count: int, selection: str = "random", seed: int = 0) -> list[Case]:
@@ -152,7 +155,7 @@ def build_contexts(
         preprocessing.image_pair(image, output) if generation else preprocessing.pair(image, output)
         for image, output in pairs
     ]
-    ranges = [preprocessing.intensity_range(output) for _, output in pairs] if generation else [(0.0, 1.0)]
+    ranges = [preprocessing.intensity_range(*pair) for pair in pairs] if generation else [(0.0, 1.0)]
     labels: list[Any] = [label for _, label in on_grid]
     return ContextSet(
         names,
@@ -195,8 +198,8 @@ class ContextSource:
         record: str | None = None,
         seed: int = 0,
     ) -> None:
-        if not isinstance(context_size, int):
-            raise ValueError(f"--context_size must be one number for inference, got {context_size}")
+        if not isinstance(context_size, int) or context_size < 1:
+            raise ValueError(f"--context_size must be one number of at least 1 for inference, got {context_size}")
         self.context_dir = context_dir
         self.network = network
         self.context_size = context_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from monai.data import PersistentDataset
 from torch import Tensor
 
+from scripts.atomic import write_text
 from scripts.data.integrity import inspect_cases, sound_cases
 from scripts.data.nnunet import Case, DatasetError, find_datasets
 from scripts.data.preprocessing import LoadPair, Preprocessing, fit_spacing
@@ -101,13 +103,19 @@ class Collection:
         for part, cases in self.parts().items():
             for case in cases:
                 content[part][case["dataset"]].append(case["case"])
-        Path(path).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        write_text(json.dumps(content, indent=1), path)
 
     def _synthesise(self) -> str:
         folder = Path(self.synthetic_dir)
-        if len(list(folder.glob("Dataset*/dataset.json"))) != self.synthetic["cohorts"]:
+        made_with = folder / "settings.json"
+        settings = json.dumps(self.synthetic, sort_keys=True)
+        complete = len(list(folder.glob("Dataset*/dataset.json"))) == self.synthetic["cohorts"]
+        if not complete or not made_with.is_file() or made_with.read_text(encoding="utf-8") != settings:
             logger.info("no dataset_dir given: making synthetic cohorts in %s", folder)
-            write_cohorts(folder, **self.synthetic, overwrite=True)
+            for old in folder.glob("Dataset*_Synthetic*"):  # those of other settings would be trained on as well
+                shutil.rmtree(old)
+            write_cohorts(folder, **self.synthetic)
+            write_text(settings, made_with)
         return str(folder)
 
     def _split(self, cases: Sequence[Case]) -> dict[str, list[Case]]:
@@ -121,7 +129,10 @@ class Collection:
             num_val = max(1, round(self.val_fraction * len(order)))
             num_test = round(self.test_fraction * len(order))
             if len(order) <= num_val + num_test:
-                raise DatasetError(f"{name}: {len(order)} cases are too few to split; at least 3 are needed")
+                raise DatasetError(
+                    f"{name}: {len(order)} cases cannot be split into {num_val} for validation, {num_test} for testing "
+                    "and the rest for training: add cases or lower --val_fraction or --test_fraction"
+                )
             training = order[num_val + num_test :]
             parts["val"] += order[:num_val]
             parts["test"] += order[num_val : num_val + num_test]
@@ -248,7 +259,12 @@ class PreparedCases:
 
     def load(self, case: Case) -> tuple[Tensor, Tensor]:
         """Image and label of a prepared case, each ``(1, *spatial_size)``, from the cache where possible."""
-        pair = self._stores[case["dataset"]][case["index"]]
+        store, index = self._stores[case["dataset"]], case["index"]
+        try:
+            pair = store[index]
+        except (RuntimeError, EOFError):  # a cached file was cut short (full disk, killed run): make it again
+            (self.cache_dir / f"{_cache_name(store.data[index]).decode()}.pt").unlink(missing_ok=True)
+            pair = store[index]
         return pair["image"], pair["label"]
 
 

@@ -87,7 +87,7 @@ class EpisodeDataset(Dataset):
         contexts = self.prepared.cases["train"]
         targets = self.prepared.cases[self.part]
         if not targets:
-            raise DatasetError(f"no cases in the {self.part} part: add cases or change --val_fraction")
+            raise DatasetError(f"no cases in the {self.part} part: add cases or change --val_fraction or --split_file")
         for name, cases in targets.items():
             pool = contexts.get(name, [])
             needed = self.high + (self.part == "train")

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,7 @@ def inspect_cases(cases: Sequence[Case], record: str | Path | None = None, worke
     """Read every case's files and add what was found to it.
 
     Args:
-        cases: dicts with ``image`` and, where there is one, ``label``.
+        cases: dicts with ``image`` and, where there is one, ``label``; or ``output``, an image instead of a label.
         record: ``integrity.json`` to remember results in; None remembers nothing.
         workers: threads that read.
 
@@ -97,37 +98,36 @@ def _inspect(case: Case) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys(_FACTS) | {"values": {}, "problems": []}
     problems = found["problems"]
     image = _read(case["image"], "image", problems)
-    label = None
-    if "label" in case:
-        if case["label"] is None:
-            problems.append("label file is missing")
-        else:
-            label = _read(case["label"], "label", problems)
+    answer_kind = _answer_kind(case)
+    answer = _read(case[answer_kind], answer_kind, problems) if answer_kind else None
     if image is None:
         return found
     voxels, affine = image
     if not np.isfinite(voxels).all():
         problems.append("image holds NaN or infinite voxels")
     foreground = voxels > voxels.min()
-    if label is not None:
-        label_voxels, label_affine = label
-        if label_voxels.shape != voxels.shape:
-            problems.append(f"image and label differ in shape: {voxels.shape} and {label_voxels.shape}")
-        elif not np.allclose(affine, label_affine, atol=_AFFINE_TOLERANCE_MM):
-            problems.append("image and label differ in affine")
+    if answer is not None:
+        answer_voxels, answer_affine = answer
+        if answer_voxels.shape != voxels.shape:
+            problems.append(f"image and {answer_kind} differ in shape: {voxels.shape} and {answer_voxels.shape}")
+        elif not np.allclose(affine, answer_affine, atol=_AFFINE_TOLERANCE_MM):
+            problems.append(f"image and {answer_kind} differ in affine")
         else:
-            foreground |= label_voxels > 0
-        values, counts = np.unique(label_voxels, return_counts=True)
-        if not np.all(values == np.round(values)) or values.min() < 0:
-            wrong = values[(values != np.round(values)) | (values < 0)]
-            problems.append(f"label holds values that are no label numbers: {wrong[:3].tolist()}")
-        else:
-            found["values"] = {int(v): int(c) for v, c in zip(values, counts, strict=True) if v > 0}
+            foreground |= answer_voxels > (0 if answer_kind == "label" else answer_voxels.min())
+        if answer_kind == "label":
+            values, counts = np.unique(answer_voxels, return_counts=True)
+            if not np.all(values == np.round(values)) or values.min() < 0:
+                wrong = values[(values != np.round(values)) | (values < 0)]
+                problems.append(f"label holds values that are no label numbers: {wrong[:3].tolist()}")
+            else:
+                found["values"] = {int(v): int(c) for v, c in zip(values, counts, strict=True) if v > 0}
+        elif not np.isfinite(answer_voxels).all():
+            problems.append("output holds NaN or infinite voxels")
     if problems:
         return found
     found["image_digest"] = file_digest(case["image"])
-    label_digest = file_digest(case["label"]) if label is not None else ""
-    found["digest"] = hashlib.sha256(f"{found['image_digest']}{label_digest}".encode()).hexdigest()
+    answer_digest = file_digest(case[answer_kind]) if answer_kind else ""
+    found["digest"] = hashlib.sha256(f"{found['image_digest']}{answer_digest}".encode()).hexdigest()
     found["extent_mm"] = box_extent_mm(foreground, affine)
     found["voxel_mm"] = box_extent_mm(np.ones((1, 1, 1), bool), affine)
     return found
@@ -150,14 +150,18 @@ def box_extent_mm(foreground: np.ndarray, affine: np.ndarray) -> list[float]:
     return extent
 
 
-def _read(path: str, what: str, problems: list[str]) -> tuple[np.ndarray, np.ndarray] | None:
-    if not Path(path).is_file():
+def _answer_kind(case: Case) -> str | None:
+    return next((kind for kind in ("label", "output") if kind in case), None)
+
+
+def _read(path: str | None, what: str, problems: list[str]) -> tuple[np.ndarray, np.ndarray] | None:
+    if path is None or not Path(path).is_file():
         problems.append(f"{what} file is missing")
         return None
     try:
         volume = volume_reader(path)(path)
     except Exception as error:  # nibabel, gzip and zlib each raise their own on damaged files
-        problems.append(f"{what} {Path(path).name} cannot be read ({_short(error)})")
+        problems.append(f"{what} {Path(path).name} cannot be read ({_short(error, path)})")
         return None
     if volume.ndim != 4 or volume.shape[0] != 1:
         shape = (*volume.shape[1:], volume.shape[0])
@@ -170,11 +174,12 @@ def _read(path: str, what: str, problems: list[str]) -> tuple[np.ndarray, np.nda
     return volume[0].numpy(), affine
 
 
-def _short(error: BaseException) -> str:
+def _short(error: BaseException, path: str) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:120]
+    reason = re.sub(r"^[\w.]+: ", "", lines[-1]) if lines else type(error).__name__
+    return reason.replace(str(path), Path(path).name)[:120]
 
 
 def file_digest(path: str | Path) -> str:
@@ -203,12 +208,13 @@ def _mark_duplicates(cases: Sequence[Case]) -> None:
 
 def _key(case: Case) -> str:
     """Changes when a file of the case does; starts with ``_MISSING`` when one cannot be looked at."""
-    parts = [str(_VERSION), "pair" if "label" in case else "image"]
-    for path in (case["image"], case.get("label")):
+    kind = _answer_kind(case)
+    parts = [str(_VERSION), kind or "image"]
+    for path in (case["image"], case[kind] if kind else None):
         try:
             status = os.stat(path) if path is not None else None
         except OSError:
-            return f"{_MISSING}{case['image']}|{case.get('label')}"
+            return f"{_MISSING}{case['image']}|{path}"
         parts.append(f"{Path(path).resolve()}|{status.st_size}|{status.st_mtime_ns}" if status else "")
     return "|".join(parts)
 

@@ -129,17 +129,20 @@ class Preprocessing:
         Raises:
             ValueError: the two are not on the same voxels.
         """
-        if image.shape != output.shape:
-            raise ValueError(f"input and output image differ in shape: {tuple(image.shape)}, {tuple(output.shape)}")
-        both = self._geometry({"image": MetaTensor(torch.cat((image, output)), affine=image.affine)})["image"]
-        first, second = (self._grid(self._intensity({"image": one}))["image"] for one in both.split(1))
+        both = self._same_geometry(image, output)
+        first, second = (self._grid(self._intensity({"image": one}))["image"] for one in both)
         return first.as_tensor().float(), second.as_tensor().float()
 
-    @staticmethod
-    def intensity_range(image: Tensor) -> tuple[float, float]:
-        """The intensities that become 0 and 1."""
-        low, high = (percentile(image, q) for q in PERCENTILES)
+    def intensity_range(self, image: MetaTensor, output: MetaTensor) -> tuple[float, float]:
+        """The intensities of ``output`` that :meth:`image_pair` makes 0 and 1."""
+        _, output = self._same_geometry(image, output)
+        low, high = (percentile(output, q) for q in PERCENTILES)
         return float(low), float(high)
+
+    def _same_geometry(self, image: MetaTensor, output: MetaTensor) -> Sequence[MetaTensor]:
+        if image.shape != output.shape:
+            raise ValueError(f"input and output image differ in shape: {tuple(image.shape)}, {tuple(output.shape)}")
+        return self._geometry({"image": MetaTensor(torch.cat((image, output)), affine=image.affine)})["image"].split(1)
 
     def to_native(self, scores: Tensor, target: MetaTensor) -> MetaTensor:
         """Bring per-label scores on a preprocessed target's voxels back to the target's own space.

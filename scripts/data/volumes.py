@@ -27,4 +27,6 @@ def strip_ending(path: str | os.PathLike) -> str | None:
 def volume_reader(path: str | os.PathLike) -> LoadImage:
     """MONAI's loader for this file: ``(1, H, W, D)`` float32 MetaTensor with the file's affine (mm, RAS+)."""
     reader = "NrrdReader" if str(path).lower().endswith(".nrrd") else "NibabelReader"
-    return LoadImage(reader=reader, image_only=True, ensure_channel_first=True)
+    loader = LoadImage(reader=reader, image_only=True, ensure_channel_first=True)
+    loader.readers = loader.readers[-1:]  # no other reader is to guess at a damaged file
+    return loader

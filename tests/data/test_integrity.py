@@ -53,7 +53,8 @@ def rewrite(path, change):
 
 
 def cut_short(path):
-    path.write_bytes(path.read_bytes()[:-200])
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
 
 
 def flatten_affine(path):
@@ -61,11 +62,10 @@ def flatten_affine(path):
     source = nib.load(path)
     affine = source.affine.copy()
     affine[:3, 1] = affine[:3, 0] * 2
-    voxels = np.asanyarray(source.dataobj)
-    broken = nib.Nifti1Image(voxels, None)
-    broken.header.set_sform(affine, code=1)
-    broken.header.set_qform(None, code=0)
-    nib.save(nib.Nifti1Image(voxels, None, broken.header), path)
+    header = source.header.copy()
+    header.set_sform(affine, code=1)
+    header.set_qform(None, code=0)
+    nib.save(nib.Nifti1Image(np.asanyarray(source.dataobj), None, header), path)
 
 
 def set_voxel(value, dtype):
@@ -96,10 +96,13 @@ FAULTS = {
     ),
     "NaN label": (lambda r, n: rewrite(label(r, n), set_voxel(np.nan, np.float32)), r"no label numbers: \[nan\]"),
     "negative label": (lambda r, n: rewrite(label(r, n), set_voxel(-1, np.int16)), r"no label numbers: \[-1\.0\]"),
-    "truncated image": (lambda r, n: cut_short(image(r, n)), r"image .*_0000\.nii\.gz cannot be read \(.+\)"),
+    "truncated image": (lambda r, n: cut_short(image(r, n)), r"image .*_0000\.nii\.gz cannot be read \(.*ended.*\)"),
     "truncated label": (lambda r, n: cut_short(label(r, n)), r"label p\d\.nii\.gz cannot be read \(.+\)"),
     "empty file": (lambda r, n: image(r, n).write_bytes(b""), r"image .* cannot be read \(.+\)"),
-    "text file": (lambda r, n: image(r, n).write_text("no image\n" * 100), r"image .* cannot be read \(.+\)"),
+    "text file": (
+        lambda r, n: image(r, n).write_text("no image\n" * 100),
+        r"image .*_0000\.nii\.gz cannot be read \(File p2_0000\.nii\.gz is not a gzip file\)",
+    ),
     "4D image": (
         lambda r, n: rewrite(image(r, n), lambda v, a: (np.stack([v, v], -1), a)),
         r"image must be one 3D volume, got shape \(16, 16, 16, 2\)",
@@ -210,6 +213,40 @@ def test_ignore_label_and_regions_are_known_values(root):
 def test_small_rounding_of_the_affine_is_fine(root):
     rewrite(label(root, "p1"), lambda v, a: (v, a + 1e-4))
     assert problems(root) == {}
+
+
+@pytest.fixture
+def translations(make_dataset, tmp_path):
+    """Image and wanted image, as generation takes them."""
+    root = make_dataset(tmp_path, cases=NAMES, channels=(0, 1))
+    outputs = {case["case"]: case["image"] for case in find_datasets(root)[0].cases(1)}
+    return [
+        {"image": case["image"], "output": outputs[case["case"]], "case": case["case"]}
+        for case in find_datasets(root)[0].cases()
+    ]
+
+
+def test_pairs_of_images(translations):
+    first, *others = inspect_cases(translations, workers=1)
+    assert all(case["problems"] == [] and case["values"] == {} for case in (first, *others))
+    assert first["extent_mm"] == [16.0, 16.0, 16.0]
+    alone = inspect_cases([{"image": first["image"]}], workers=1)[0]
+    assert alone["digest"] != first["digest"] and alone["image_digest"] == first["image_digest"]
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (set_voxel(np.nan, np.float32), "output holds NaN"),
+        (lambda v, a: (v[1:], a), "image and output differ in shape"),
+        (shifted, "image and output differ in affine"),
+        (lambda v, a: (v[..., None].repeat(2, -1), a), "output must be one 3D volume"),
+    ],
+)
+def test_faulty_outputs(translations, change, text):
+    rewrite(translations[2]["output"], change)
+    with pytest.raises(DatasetError, match=f"1 of 4 cases(.|\\n)*p3: {text}"):
+        sound_cases(inspect_cases(translations, workers=1))
 
 
 # --- memory

@@ -1,0 +1,380 @@
+"""To the network's grid and back."""
+
+from __future__ import annotations
+
+import itertools
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.data import MetaTensor
+
+from scripts.data import Preprocessing, preprocessing
+from scripts.data.preprocessing import LoadPair, fit_spacing, load_volume
+from scripts.data.volumes import VolumeError
+
+ORIENTATIONS = [
+    np.stack([order, flips], 1)
+    for order in itertools.permutations(range(3))
+    for flips in itertools.product((1, -1), repeat=3)
+]
+
+
+def volume(voxels, affine=None):
+    """``(1, H, W, D)`` as the reader gives it."""
+    affine = np.eye(4) if affine is None else affine
+    return MetaTensor(
+        torch.as_tensor(np.array(voxels))[None].float(), affine=torch.as_tensor(np.array(affine)).double()
+    )
+
+
+def affine_of(zooms=(1, 1, 1), degrees=0.0, origin=(0, 0, 0)):
+    """Voxel to mm, turned about the first and then the last axis."""
+    c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    turn = np.array([[1, 0, 0], [0, c, -s], [0, s, c]]) @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+    return nib.affines.from_matvec(turn @ np.diag(np.float64(zooms)), origin)
+
+
+def oriented(voxels, affine, orientation):
+    """The same volume, stored in another order and direction of its axes."""
+    image = nib.Nifti1Image(voxels, affine).as_reoriented(orientation)
+    return np.asanyarray(image.dataobj), image.affine
+
+
+def noise(size, seed=0):
+    """Every voxel above the minimum but one, so that nothing is cropped away."""
+    voxels = np.random.default_rng(seed).uniform(10, 200, size).astype(np.float32)
+    voxels[(0,) * len(size)] = 0
+    return voxels
+
+
+def ball(size, centre, radius_mm, zooms=(1, 1, 1)):
+    grid = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), -1) * np.asarray(zooms)
+    return np.linalg.norm(grid - np.asarray(centre), axis=-1) <= radius_mm
+
+
+def dice(a, b):
+    return 2 * np.sum(a & b) / (np.sum(a) + np.sum(b))
+
+
+# --- onto the grid
+
+
+@pytest.mark.parametrize("grid, spacing", [((16, 16, 16), 1.0), ((16, 24, 32), 0.7), ((8, 8, 8), 3.1)])
+def test_a_pair_has_the_grids_shape_and_range(grid, spacing):
+    label = ball((20, 18, 22), (10, 9, 11), 5) * 3
+    image, label = Preprocessing(grid, spacing).pair(volume(noise((20, 18, 22))), volume(label))
+    assert image.shape == label.shape == (1, *grid)
+    assert image.dtype == torch.float32 and label.dtype == torch.uint8
+    assert type(image) is type(label) is torch.Tensor
+    assert 0 <= image.min() < 0.05 and 0.95 < image.max() <= 1
+    assert set(label.unique().tolist()) == {0, 3}
+
+
+def test_a_target_is_in_range_and_not_padded():
+    target = Preprocessing((16, 16, 16), 2.0).target(volume(noise((20, 12, 10))))
+    assert target.shape[0] == 1 and max(target.shape[1:]) < 16
+    assert target.dtype == torch.float32 and target.min() == 0 and target.max() == 1
+
+
+def test_outliers_are_clipped():
+    voxels = noise((16, 16, 16))
+    voxels[3, 3, 3] = 1e6
+    target = Preprocessing((16, 16, 16), 1.0).target(volume(voxels))
+    assert target.median() > 0.3
+
+
+@pytest.mark.parametrize("spacing", [0.6, 1.0, 1.7, 3.0])
+def test_no_new_label_values(spacing):
+    label = np.random.default_rng(1).choice([0, 1, 4, 9, 200], (17, 16, 15))
+    _, found = Preprocessing((24, 24, 24), spacing).pair(volume(noise(label.shape)), volume(label))
+    assert set(found.unique().tolist()) <= {0, 1, 4, 9, 200} and len(found.unique()) > 3
+
+
+def test_large_label_numbers_survive():
+    label = ball((16, 16, 16), (8, 8, 8), 4) * 1035
+    _, found = Preprocessing((16, 16, 16), 1.0).pair(volume(noise((16, 16, 16))), volume(label))
+    assert found.dtype == torch.int32 and set(found.unique().tolist()) == {0, 1035}
+
+
+@pytest.mark.parametrize("value", [0.0, 7.0, -1000.0])
+def test_constant_image(value):
+    process = Preprocessing((16, 16, 16), 1.5)
+    flat = volume(np.full((12, 10, 8), value))
+    target = process.target(flat)
+    assert torch.isfinite(target).all() and 0 <= target.min() and target.max() <= 1
+    assert process.to_native(target.as_tensor(), target).shape == flat.shape
+    image, _ = process.pair(flat, volume(ball((12, 10, 8), (6, 5, 4), 2)))
+    assert torch.isfinite(image).all() and 0 <= image.min() and image.max() <= 1
+
+
+def test_a_thin_foreground_does_not_vanish():
+    voxels = np.zeros((12, 12, 12))
+    voxels[4, 5, 2:9] = 3
+    process = Preprocessing((16, 16, 16), 4.0)
+    target = process.target(volume(voxels))
+    assert min(target.shape) == 1
+    assert process.to_native(target.as_tensor(), target).shape == (1, 12, 12, 12)
+
+
+def test_labels_outside_of_the_images_foreground_are_kept():
+    image, label = np.zeros((16, 16, 16)), np.zeros((16, 16, 16))
+    image[2:6, 2:6, 2:6], label[10:12, 2:6, 2:6] = 5, 1
+    _, found = Preprocessing((16, 16, 16), 1.0).pair(volume(image), volume(label))
+    assert found.sum() == label.sum()
+
+
+def test_size_in_mm_is_kept():
+    zooms, size = (1.0, 1.0, 2.5), (30, 30, 12)
+    inside = ball(size, (15, 15, 13.75), 10, zooms)
+    _, found = Preprocessing((32, 32, 32), 1.25).pair(
+        volume(noise(size), affine_of(zooms)), volume(inside, affine_of(zooms))
+    )
+    box = [int(v.max() - v.min() + 1) for v in found[0].nonzero().T]
+    assert box[:2] == pytest.approx([20 / 1.25] * 2, abs=1)
+    assert box[2] == pytest.approx(20 / 1.25, abs=2.5 / 1.25)
+    assert float(found.sum()) * 1.25**3 == pytest.approx(4 / 3 * np.pi * 10**3, rel=0.1)
+
+
+def test_a_larger_image_is_cropped_about_its_centre():
+    voxels, label = noise((20, 22, 24)), ball((20, 22, 24), (10, 11, 12), 6)
+    whole, whole_label = Preprocessing((20, 22, 24), 1.0).pair(volume(voxels), volume(label))
+    image, found = Preprocessing((16, 16, 16), 1.0).pair(volume(voxels), volume(label))
+    assert torch.equal(image, whole[:, 2:18, 3:19, 4:20])
+    assert torch.equal(found, whole_label[:, 2:18, 3:19, 4:20])
+
+
+def test_a_smaller_image_is_padded_about_its_centre():
+    voxels = noise((10, 12, 14))
+    image, label = Preprocessing((16, 16, 16), 1.0).pair(volume(voxels), volume(np.ones((10, 12, 14))))
+    assert torch.all(label[:, 3:13, 2:14, 1:15] == 1) and label.sum() == voxels.size
+    assert image[:, 3:13, 2:14, 1:15].count_nonzero() == image.count_nonzero() > 0
+
+
+def test_data_on_the_grid_stay_as_they_are():
+    voxels = noise((16, 16, 16))
+    label = np.random.default_rng(0).integers(0, 3, (16, 16, 16))
+    spacing = fit_spacing([{"extent_mm": [16.0] * 3, "voxel_mm": [1.0] * 3}], (16, 16, 16))
+    image, found = Preprocessing((16, 16, 16), spacing).pair(volume(voxels), volume(label))
+    low, high = np.percentile(voxels, (0.5, 99.5))
+    np.testing.assert_allclose(image[0], np.clip((voxels - low) / (high - low), 0, 1), atol=1e-5)
+    assert np.array_equal(found[0], label)
+
+
+@pytest.mark.parametrize("settings", [((16, 16), 1.0), ((16, 16, 0), 1.0), ((16,) * 3, 0.0), ((16,) * 3, float("nan"))])
+def test_senseless_settings_are_refused(settings):
+    with pytest.raises(ValueError, match="three sizes and a positive spacing"):
+        Preprocessing(*settings)
+
+
+# --- spacing that fits
+
+
+@pytest.mark.parametrize("voxel", [0.5, 1.0, 2.0, 7.0])
+@pytest.mark.parametrize("count", [5, 16, 17, 24, 31, 32])
+def test_the_fitting_spacing_fills_the_grid_and_no_more(voxel, count):
+    voxels = noise((count, 4, 4))
+    spacing = fit_spacing([{"extent_mm": [count * voxel, 4 * voxel, 4 * voxel], "voxel_mm": [voxel] * 3}], (12, 12, 12))
+    target = Preprocessing((12, 12, 12), spacing).target(volume(voxels, affine_of([voxel] * 3)))
+    assert 11 <= target.shape[1] <= 12
+
+
+def test_the_largest_case_and_axis_decide():
+    small, large = {"extent_mm": [10.0, 10.0, 10.0]}, {"extent_mm": [10.0, 30.0, 31.0]}
+    assert fit_spacing([small, large], (10, 10, 20)) == pytest.approx(3.0)
+
+
+# --- and back
+
+
+def sources():
+    rng = np.random.default_rng(3)
+    yield "anisotropic", noise((12, 20, 7)), affine_of((1, 0.8, 3), origin=(-30, 12, 5))
+    yield "oblique", noise((14, 12, 10)), affine_of((1, 1.2, 2), degrees=25, origin=(3, -70, 11))
+    yield "nearly axis-aligned", noise((14, 12, 10)), affine_of((1, 1, 1), degrees=0.01)
+    yield "tiny voxels", noise((14, 12, 10)), affine_of((0.05, 0.05, 0.05))
+    padded = np.zeros((24, 20, 16), np.float32)
+    padded[5:17, 4:11, 3:12] = noise((12, 7, 9)) + 1
+    yield "foreground box", padded, affine_of((1, 2, 1), origin=(5, 5, 5))
+    for number in rng.choice(len(ORIENTATIONS), 6, replace=False):
+        yield f"orientation {number}", *oriented(padded, affine_of((1, 1.5, 2), 10), ORIENTATIONS[number])
+
+
+@pytest.mark.parametrize("spacing", [0.9, 2.3])
+@pytest.mark.parametrize("source", sources(), ids=lambda source: source[0])
+def test_answers_have_the_sources_shape_and_affine(source, spacing):
+    _, voxels, affine = source
+    process = Preprocessing((16, 16, 16), max(spacing, 0.1) if affine[0, 0] != 0.05 else 0.1)
+    target = process.target(volume(voxels, affine))
+    scores = torch.rand(3, *target.shape[1:])
+    native = process.to_native(scores, target)
+    assert native.shape == (3, *voxels.shape)
+    np.testing.assert_allclose(native.affine, affine, rtol=0, atol=1e-9)
+
+
+def test_answers_are_background_outside_of_the_foreground_box():
+    voxels = np.zeros((20, 20, 20), np.float32)
+    voxels[5:15, 4:12, 6:13] = noise((10, 8, 7)) + 1
+    process = Preprocessing((16, 16, 16), 1.3)
+    target = process.target(volume(voxels))
+    native = process.to_native(torch.ones(1, *target.shape[1:]), target)[0].as_tensor()
+    assert torch.all(native[5:15, 4:12, 6:13] == 1) and native.sum() == 10 * 8 * 7
+
+
+@pytest.mark.parametrize("zooms, degrees", [((1, 1, 1), 0), ((0.8, 1, 1.5), 0), ((1, 1, 1), 20), ((0.8, 1, 1.5), -15)])
+@pytest.mark.parametrize("spacing", [1.0, 1.3, 1.7])
+@pytest.mark.parametrize("number", [0, 13, 38])
+def test_a_structure_survives_the_way_there_and_back(zooms, degrees, spacing, number):
+    size = (28, 26, 24)
+    inside = ball(size, (13 * zooms[0], 13 * zooms[1], 11 * zooms[2]), 7.0, zooms)
+    assert inside.sum() * np.prod(zooms) > 1000, "1 cm³"
+    voxels = noise(size) * 0.2 + 500 * inside
+    voxels, affine = oriented(voxels, affine_of(zooms, degrees), ORIENTATIONS[number])
+    inside, _ = oriented(inside.astype(np.uint8), affine_of(zooms, degrees), ORIENTATIONS[number])
+    process = Preprocessing((32, 32, 32), spacing)
+    target = process.target(volume(voxels, affine))
+    native = process.to_native((target.as_tensor() > 0.5).float(), target)
+    assert dice(native[0].numpy() > 0.5, inside > 0) >= 0.9
+
+
+def test_orientation_of_the_file_changes_nothing():
+    voxels, affine = noise((9, 12, 10), seed=5), affine_of((1.5, 1.5, 1.5), origin=(4, -20, 7))
+    process = Preprocessing((16, 16, 16), 1.5)
+    expected = process.target(volume(voxels, affine))
+    labels = np.random.default_rng(2).integers(0, 3, voxels.shape)
+    expected_pair = process.pair(volume(voxels, affine), volume(labels, affine))
+    weights = torch.rand(2, *expected.shape[1:])
+
+    def answer(target):  # depends on place and intensity
+        return (target.as_tensor() * weights > 0.4).float()
+
+    expected_answer = process.to_native(answer(expected), expected).numpy()
+    assert 0.01 < expected_answer.mean() < 0.5
+    for orientation in ORIENTATIONS:
+        stored, stored_affine = oriented(voxels, affine, orientation)
+        target = process.target(volume(stored, stored_affine))
+        torch.testing.assert_close(target.as_tensor(), expected.as_tensor())
+        stored_labels, _ = oriented(labels.astype(np.int16), affine, orientation)
+        image, label = process.pair(volume(stored, stored_affine), volume(stored_labels, stored_affine))
+        torch.testing.assert_close(image, expected_pair[0])
+        assert torch.equal(label, expected_pair[1])
+        native = process.to_native(answer(target), target)
+        for channel, wanted in zip(native, expected_answer, strict=True):
+            back = nib.Nifti1Image(channel.numpy(), stored_affine)
+            back = back.as_reoriented(
+                nib.orientations.ornt_transform(nib.io_orientation(stored_affine), nib.io_orientation(affine))
+            )
+            assert np.array_equal(back.get_fdata(), wanted)
+            np.testing.assert_allclose(back.affine, affine, atol=1e-9)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    size=st.tuples(*[st.integers(2, 14)] * 3),
+    zooms=st.tuples(*[st.floats(0.4, 4.0)] * 3),
+    degrees=st.floats(-40, 40),
+    orientation=st.sampled_from(range(len(ORIENTATIONS))),
+    spacing=st.floats(0.8, 5.0),
+)
+def test_any_geometry_comes_back(size, zooms, degrees, orientation, spacing):
+    affine = affine_of(zooms, degrees, origin=(-12.5, 33, 80))
+    voxels, affine = oriented(noise(size), affine, ORIENTATIONS[orientation])
+    process = Preprocessing((16, 16, 16), spacing)
+    target = process.target(volume(voxels, affine))
+    native = process.to_native(torch.ones(1, *target.shape[1:]), target)
+    assert native.shape == (1, *voxels.shape)
+    np.testing.assert_allclose(native.affine, affine, rtol=0, atol=1e-6)
+    assert torch.all(native == 1)
+
+
+# --- generation
+
+
+def test_image_pair_scales_both_alike_in_place():
+    first = noise((16, 16, 16))
+    second = 3000 - 2 * first
+    image, output = Preprocessing((16, 16, 16), 1.0).image_pair(volume(first), volume(second))
+    assert image.shape == output.shape == (1, 16, 16, 16)
+    assert image.dtype == output.dtype == torch.float32
+    assert 0 <= min(image.min(), output.min()) and max(image.max(), output.max()) <= 1
+    torch.testing.assert_close(output, 1 - image, atol=1e-4, rtol=0)
+
+
+def test_image_pair_crops_to_what_either_shows():
+    first, second = np.zeros((16, 16, 16)), np.zeros((16, 16, 16))
+    first[4:8, 4:8, 4:8], second[6:12, 4:8, 4:8] = 5, 7
+    image, output = Preprocessing((16, 16, 16), 1.0).image_pair(volume(first), volume(second))
+    assert (image > 0).sum() == 4**3 and (output > 0).sum() == 6 * 4 * 4
+
+
+def test_image_pair_of_unequal_shapes():
+    with pytest.raises(ValueError, match=r"differ in shape: \(1, 8, 8, 8\), \(1, 8, 8, 9\)"):
+        Preprocessing((16, 16, 16), 1.0).image_pair(volume(noise((8, 8, 8))), volume(noise((8, 8, 9))))
+
+
+def test_intensity_range_undoes_the_scaling():
+    # a small foreground in much air, as in any skull-stripped head
+    first, second = np.zeros((30, 30, 30), np.float32), np.zeros((30, 30, 30), np.float32)
+    first[10:18, 10:18, 10:18] = noise((8, 8, 8)) + 1
+    second[10:18, 10:18, 10:18] = noise((8, 8, 8), seed=1) * 4 + 1
+    process = Preprocessing((8, 8, 8), 1.0)
+    _, output = process.image_pair(volume(first), volume(second))
+    low, high = process.intensity_range(volume(first), volume(second))
+    inside = second[10:18, 10:18, 10:18]
+    np.testing.assert_allclose(low + (high - low) * output[0], np.clip(inside, low, high), atol=0.01)
+    assert (low, high) == pytest.approx(np.percentile(inside, (0.5, 99.5)), abs=0.1)
+
+
+# --- settings and files
+
+
+def test_fingerprint_changes_with_every_setting(monkeypatch):
+    known = {
+        Preprocessing(grid, spacing).fingerprint
+        for grid in ((16, 16, 16), (16, 16, 32), (32, 16, 16))
+        for spacing in (1.0, 1.001)
+    }
+    assert len(known) == 6
+    assert Preprocessing([16, 16, 16], 1).fingerprint in known
+    monkeypatch.setattr(preprocessing, "PERCENTILES", (1.0, 99.0))
+    assert Preprocessing((16, 16, 16), 1.0).fingerprint not in known
+
+
+def test_files_are_read_with_their_affine(write_nifti, tmp_path):
+    voxels, affine = noise((8, 9, 10)), affine_of((1, 2, 3), 10, (4, 5, 6))
+    read = load_volume(str(write_nifti(tmp_path / "a b.nii.gz", voxels, affine)))
+    assert read.shape == (1, 8, 9, 10) and read.dtype == torch.float32
+    np.testing.assert_allclose(read.affine, affine, atol=1e-5)
+    assert np.array_equal(read[0], voxels)
+
+
+def test_load_pair_reads_a_case(write_nifti, tmp_path):
+    case = {
+        "image": str(write_nifti(tmp_path / "i.nii.gz", noise((8, 8, 8)))),
+        "label": str(write_nifti(tmp_path / "l.nii.gz", ball((8, 8, 8), (4, 4, 4), 2).astype(np.uint8))),
+    }
+    pair = LoadPair(Preprocessing((8, 8, 8), 1.0))(case)
+    assert set(pair) == {"image", "label"} and pair["label"].sum() == ball((8, 8, 8), (4, 4, 4), 2).sum()
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "text"])
+def test_an_unreadable_file_is_named(write_nifti, tmp_path, damage):
+    path = tmp_path / "scan of P7.nii.gz"
+    if damage == "text":
+        path.write_text("not an image")
+    elif damage == "truncated":
+        write_nifti(path, noise((8, 8, 8)))
+        path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(VolumeError, match=r"scan of P7\.nii\.gz: missing, truncated or not an image"):
+        load_volume(str(path))
+
+
+def test_a_series_is_no_volume(write_nifti, tmp_path):
+    path = write_nifti(tmp_path / "series.nii.gz", noise((8, 8, 8, 3)))
+    with pytest.raises(VolumeError, match=r"series\.nii\.gz must be one 3D volume, got shape \(8, 8, 8, 3\)"):
+        load_volume(str(path))
+    single = write_nifti(tmp_path / "single.nii.gz", noise((8, 8, 8))[..., None])
+    assert load_volume(str(single)).shape == (1, 8, 8, 8)

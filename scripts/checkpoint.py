@@ -206,7 +206,7 @@ def network_options(
     checkpoint: str | os.PathLike | None,
     channels: Sequence[int] | None = None,
     convs_per_block: int | None = None,
-    spatial_size: Sequence[int] | None = None,
+    spatial_size: int | Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Constructor arguments of a run's network: the checkpoint's where there is one, else the options'.
 
@@ -226,7 +226,9 @@ def network_options(
         if value is not None and value != found.get(name, value):
             raise ValueError(f"--{name} {value} contradicts {checkpoint}, which has {found[name]}; leave --{name} out")
     given = {name: value for name, value in wanted.items() if value is not None}
-    return found | given | ({"spatial_size": tuple(spatial_size)} if spatial_size is not None else {})
+    if spatial_size is not None:
+        given["spatial_size"] = spatial_size
+    return found | given
 
 
 def convert(source: str, output: str, allow_pickle: bool = False, overwrite: bool = False) -> None:

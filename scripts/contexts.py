@@ -140,7 +140,13 @@ def load_contexts(
     preprocessing = Preprocessing(spatial_size, spacing or fit_spacing(candidates, spatial_size))
     pairs = [(load_volume(c["image"]), load_volume(c.get("output") or c["label"])) for c in chosen]
     digests = [file_digest(c["image"]) for c in chosen]
-    return build_contexts([c["case"] for c in chosen], pairs, preprocessing, digests, generation="output" in chosen[0])
+    contexts = build_contexts(
+        [c["case"] for c in chosen], pairs, preprocessing, digests, generation="output" in chosen[0]
+    )  # fmt: skip
+    if classes := chosen[0].get("classes"):  # values of no class (nnU-Net's "ignore") are not to be predicted
+        known = torch.tensor(sorted({value for values in classes.values() for value in values}))
+        contexts.labels *= torch.isin(contexts.labels, known.to(contexts.labels.dtype))
+    return contexts
 
 
 def build_contexts(

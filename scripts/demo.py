@@ -39,7 +39,7 @@ def demo(output_dir: str = "demo_output", epochs: int = 4, groups_per_epoch: int
         raise FileExistsError(f"{folder} is not empty: give another --output_dir or --overwrite true")
     started = time.monotonic()
     data, again = folder / "data", ["--overwrite", "true"]
-    _run("scripts.synthesize", f"--cohorts 4 --subjects 12 --spatial_size 32 --num_labels 2 --output_dir {data}", again)
+    _run("scripts.synthesize", f"--cohorts 1 --subjects 24 --spatial_size 32 --num_labels 2 --output_dir {data}", again)
     _bundle(
         "train_stage1",
         f"--dataset_dir {data} --output_dir {folder} --test_fraction 0.25 {_TRAINING} "
@@ -61,9 +61,9 @@ def demo(output_dir: str = "demo_output", epochs: int = 4, groups_per_epoch: int
     summary = json.loads((folder / "scores" / "summary.json").read_text(encoding="utf-8"))
     minutes = (time.monotonic() - started) / 60
     print(
-        f"\nmean Dice {summary['mean']['dice']['mean']:.2f} on {summary['num_cases']} subjects the network never saw, "
-        f"{minutes:.1f} minutes in all.\nLook at {folder}/answers/*.png; the numbers are in {folder}/scores/metrics.csv "
-        f"and {folder}/answers/report.json."
+        f"\nmean Dice {summary['mean']['dice']['mean']:.2f} on {summary['num_cases']} subjects the network never saw; "
+        f"{minutes:.1f} minutes in all.\nLook at {folder}/answers/*.png; the numbers are in "
+        f"{folder}/scores/metrics.csv and {folder}/answers/report.json."
     )
 
 

@@ -102,6 +102,7 @@ class InferenceRun(Sequence[Case]):
         targets = inspect_cases(self._find(), self.record)
         good = [target for target in targets if not target["problems"]]
         old = self._old_report()
+        self._todo = []
         self.report = {
             "fingerprint": self._fingerprint(),
             "task": self.inferer.task,
@@ -140,12 +141,19 @@ class InferenceRun(Sequence[Case]):
         engine.add_event_handler(Events.GET_BATCH_STARTED, self._start_case)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._finish_case)
 
-    def finish(self) -> None:
-        """Write the report and say how it went.
+    def run(self, evaluator: Engine) -> None:
+        """Run the engine over the targets still to do, write the report and say how it went.
+
+        Args:
+            evaluator: the engine this is attached to, with these targets as its data.
 
         Raises:
             DatasetError: some targets could not be done.
         """
+        self.prepare()
+        if self._todo:
+            evaluator.state.epoch_length = len(self._todo)  # the engine may have been built before they were known
+            evaluator.run()
         write_json(self.report, self.output_dir / REPORT)
         logger.info("%d answers and %s in %s", len(self.report["cases"]), REPORT, self.output_dir)
         if self.report["failed"]:

@@ -34,11 +34,13 @@ OPTIONS: dict[str, Option] = {
     "synthetic_subjects": Option("int", "without dataset_dir: subjects per synthetic cohort"),
     "num_workers": Option("int", "data loading processes; 0 loads in the main process"),
     # grid
-    "spatial_size": Option("grid", "grid of the network in voxels, one number or three"),
+    "spatial_size": Option(
+        "grid", "the network's grid in voxels, one number or three; None takes the checkpoint's, else 128"
+    ),
     "spacing": Option("number", "isotropic voxel size of the grid in mm; None fits the largest case into the grid"),
     # network
-    "channels": Option("ints", "width of each network stage; None takes the checkpoint's"),
-    "convs_per_block": Option("int", "convolutions per residual unit"),
+    "channels": Option("ints", "width of each network stage; None takes the checkpoint's, else 32 to 512"),
+    "convs_per_block": Option("int", "convolutions per residual unit; None takes the checkpoint's, else 2"),
     "mini_context_size": Option("int", "context pairs that run at once; memory grows with it, results do not change"),
     "checkpoint": Option("path", "weights to use, in this bundle's format"),
     "init_checkpoint": Option("path", "weights to start from"),
@@ -153,7 +155,7 @@ def _range(value: Any) -> int | list[int]:
 
 def _path(value: Any) -> str:
     text = str(value)
-    if "#" in text:
+    if "#" in text or "::" in text:  # MONAI turns the one into the other
         raise ValueError("a '#' in a path is read as a separator of config ids; rename or link the folder")
     return text
 

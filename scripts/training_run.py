@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EarlyStopping
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from scripts.checkpoint import CheckpointError, atomic_save, load_weights, read_checkpoint
 from scripts.data import Collection, EpisodeDataset
@@ -79,7 +80,7 @@ class TrainingRun:
         folder: str,
         network: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
-        lr_scheduler: Any,
+        lr_scheduler: ReduceLROnPlateau,
         trainer: Engine,
         evaluator: Engine,
         datasets: list[EpisodeDataset],
@@ -91,6 +92,9 @@ class TrainingRun:
         self.folder = Path(folder)
         self.network: Neuroverse3D = getattr(network, "module", network)
         self.trainer = trainer
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.learning_rate = optimizer.param_groups[0]["lr"]
         self.evaluator = evaluator
         self.datasets = datasets
         self.collection = collection
@@ -168,13 +172,20 @@ class TrainingRun:
         if self.trainer.state.epoch >= epochs:
             raise ValueError(f"{path} has already finished epoch {self.trainer.state.epoch} of --epochs {epochs}")
         self.trainer.state.max_epochs = epochs
+        factor = self.learning_rate / content["learning_rate"]
+        if factor != 1:  # another --learning_rate than before: the schedule goes on from where it was, scaled
+            logger.info("learning rate changed from %g to %g", content["learning_rate"], self.learning_rate)
+            for group in self.optimizer.param_groups:
+                group["lr"] *= factor
+            self.lr_scheduler.min_lrs = [rate * factor for rate in self.lr_scheduler.min_lrs]
         logger.info("resuming after epoch %d", self.trainer.state.epoch)
 
     def _save(self, engine: Engine) -> None:
         if self.evaluator.state.epoch == engine.state.epoch:  # validated in this epoch
             if self.best.improves(float(self.evaluator.state.metrics["val_loss"])):
                 atomic_save(self.network.state_dict(), self.folder / BEST)
-        atomic_save({name: part.state_dict() for name, part in self.state.items()}, self.folder / LAST)
+        content = {name: part.state_dict() for name, part in self.state.items()}
+        atomic_save(content | {"learning_rate": self.learning_rate}, self.folder / LAST)
 
 
 class RandomState:

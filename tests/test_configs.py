@@ -7,6 +7,8 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow, verify_net_in_out
 
+from scripts.checkpoint import network_options
+from scripts.networks import Neuroverse3D
 from scripts.options import OPTIONS
 
 CONFIGS = Path("configs")
@@ -30,7 +32,11 @@ def test_published_recipe_is_the_default():
     config = read("train_stage1")
     assert (config["loss_weight"], config["grad_clip"], config["lr_patience"]) == (50.0, 0.25, 10)
     assert (config["groups_per_epoch"], config["val_groups"], config["batch_size"]) == (1000, 50, 1)
-    assert config["spatial_size"] == 128 and read("inference")["context_size"] == 8
+    assert read("inference")["context_size"] == 8
+    with torch.device("meta"):
+        network = Neuroverse3D(**network_options(None))
+    assert network.channels == (32, 64, 128, 256, 512)
+    assert Neuroverse3D(channels=(2, 4)).grid.tolist() == [128, 128, 128]
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)

@@ -95,6 +95,7 @@ class Collection:
             found = [case for dataset in find_datasets(folder, self.datasets) for case in dataset.cases(self.channel)]
             good = sound_cases(inspect_cases(found, self.record, self.num_workers), self.skip_bad_cases)
             self._parts = read_split(self.split_file, good) if self.split_file else self._split(good)
+            self._parts["train"] = self._sample(self._parts["train"])
         return self._parts
 
     def write_split(self, path: str | Path) -> None:
@@ -133,11 +134,20 @@ class Collection:
                     f"{name}: {len(order)} cases cannot be split into {num_val} for validation, {num_test} for testing "
                     "and the rest for training: add cases or lower --val_fraction or --test_fraction"
                 )
-            training = order[num_val + num_test :]
             parts["val"] += order[:num_val]
             parts["test"] += order[num_val : num_val + num_test]
-            parts["train"] += training[: max(1, round(self.sample_rate * len(training)))]
+            parts["train"] += order[num_val + num_test :]
         return parts
+
+    def _sample(self, cases: Sequence[Case]) -> list[Case]:
+        by_dataset = defaultdict(list)
+        for case in cases:
+            by_dataset[case["dataset"]].append(case)
+        kept = []
+        for name, members in by_dataset.items():
+            order = np.random.default_rng([self.seed, 1, *name.encode()]).permutation(len(members))
+            kept += [members[i] for i in sorted(order[: max(1, round(self.sample_rate * len(members)))])]
+        return kept
 
 
 class CaseList(Sequence[Case]):
@@ -262,7 +272,7 @@ class PreparedCases:
         store, index = self._stores[case["dataset"]], case["index"]
         try:
             pair = store[index]
-        except (RuntimeError, EOFError):  # a cached file was cut short (full disk, killed run): make it again
+        except (RuntimeError, EOFError, OSError):  # a cached file was cut short (full disk, killed run): make it again
             (self.cache_dir / f"{_cache_name(store.data[index]).decode()}.pt").unlink(missing_ok=True)
             pair = store[index]
         return pair["image"], pair["label"]

@@ -201,7 +201,7 @@ def fit_spacing(cases: Sequence[Case], spatial_size: Sequence[int]) -> float:
         spatial_size: three voxel counts (R, A, S).
     """
     return max(
-        max(extent / size, (extent - voxel) / (size - 0.501))
+        max(extent / size, (extent - voxel) / (size - 0.500001))
         for case in cases
         for extent, voxel, size in zip(
             case["extent_mm"], case.get("voxel_mm") or case["extent_mm"], spatial_size, strict=True

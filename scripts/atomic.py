@@ -53,7 +53,8 @@ class AtomicNibabelWriter(NibabelWriter):
 
     def write(self, filename: Any, verbose: bool = False, **kwargs: Any) -> None:
         """Write the volume."""
-        write_atomically(filename, lambda temporary: super(AtomicNibabelWriter, self).write(temporary), ".nii.gz")
+        suffix = ".nii" if str(filename).endswith(".nii") else ".nii.gz"
+        write_atomically(filename, lambda temporary: super(AtomicNibabelWriter, self).write(temporary), suffix)
 
 
 def _umask() -> int:

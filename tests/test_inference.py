@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 from PIL import Image
 
 from scripts.commandline import root_cause
-from scripts.data.synthesis import write_cohorts
+from scripts.data.synthesis import synthesize_cohort, write_cohorts
 from scripts.inferer import ICLInferer, as_volume
 from scripts.networks import Neuroverse3D
 
@@ -53,12 +53,14 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A network with random weights whose output is above the threshold in part of the volume."""
+    """A network with random weights whose output is above the threshold in about half of the volume."""
     torch.manual_seed(0)
-    network = Neuroverse3D(channels=(4, 8), spatial_size=16)
+    network = Neuroverse3D(channels=(4, 8), spatial_size=16).eval()
+    images, labels = synthesize_cohort(0, subjects=4, spatial_size=16, num_labels=1)
     with torch.no_grad():
-        network.target_decoder.output.weight.mul_(20)
-        network.target_decoder.output.bias.fill_(0.7)
+        network.target_decoder.output.weight.mul_(50)
+        output = network(images[:1], images[None, 1:], labels[None, 1:].float())
+        network.target_decoder.output.bias.add_(0.5 - output.median())
     path = tmp_path_factory.mktemp("weights") / "model.pt"
     torch.save(network.state_dict(), path)
     return path

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from scripts.options import flag
 
+_PARTS = ("data", "cache", "stage1", "answers", "scores")
 _TRAINING = "--channels [16,32,64] --spatial_size 32 --learning_rate 1e-3 --num_workers 0"
 
 
@@ -37,26 +39,25 @@ def demo(output_dir: str = "demo_output", epochs: int = 4, groups_per_epoch: int
     folder = Path(output_dir)
     if folder.exists() and any(folder.iterdir()) and not flag(overwrite):
         raise FileExistsError(f"{folder} is not empty: give another --output_dir or --overwrite true")
+    for part in _PARTS:
+        shutil.rmtree(folder / part, ignore_errors=True)
     started = time.monotonic()
-    data, again = folder / "data", ["--overwrite", "true"]
-    _run("scripts.synthesize", f"--cohorts 1 --subjects 24 --spatial_size 32 --num_labels 2 --output_dir {data}", again)
+    quoted, data = shlex.quote(str(folder)), shlex.quote(str(folder / "data"))
+    _run("scripts.synthesize", f"--cohorts 1 --subjects 24 --spatial_size 32 --num_labels 2 --output_dir {data}")
     _bundle(
         "train_stage1",
-        f"--dataset_dir {data} --output_dir {folder} --test_fraction 0.25 {_TRAINING} "
+        f"--dataset_dir {data} --output_dir {quoted} --test_fraction 0.25 {_TRAINING} "
         f"--epochs {epochs} --groups_per_epoch {groups_per_epoch} --val_groups 10",
-        again,
     )
-    dataset = data / "Dataset900_Synthetic000"
+    dataset = f"{data}/Dataset900_Synthetic000"
     _bundle(
         "inference",
-        f"--dataset_dir {dataset} --context_dir {dataset} --split_file {folder}/stage1/splits.json "
-        f"--checkpoint {folder}/stage1/model.pt --output_dir {folder}/answers",
-        again,
+        f"--dataset_dir {dataset} --context_dir {dataset} --split_file {quoted}/stage1/splits.json "
+        f"--checkpoint {quoted}/stage1/model.pt --output_dir {quoted}/answers",
     )
     _bundle(
         "evaluate",
-        f"--prediction_dir {folder}/answers --reference_dir {dataset}/labelsTr --output_dir {folder}/scores",
-        again,
+        f"--prediction_dir {quoted}/answers --reference_dir {dataset}/labelsTr --output_dir {quoted}/scores",
     )
     summary = json.loads((folder / "scores" / "summary.json").read_text(encoding="utf-8"))
     minutes = (time.monotonic() - started) / 60
@@ -67,12 +68,12 @@ def demo(output_dir: str = "demo_output", epochs: int = 4, groups_per_epoch: int
     )
 
 
-def _bundle(config: str, options: str, more: list[str]) -> None:
-    _run("monai.bundle", f"run --config_file configs/{config}.json {options}", more)
+def _bundle(config: str, options: str) -> None:
+    _run("monai.bundle", f"run --config_file configs/{config}.json {options}")
 
 
-def _run(module: str, options: str, more: list[str]) -> None:
-    arguments = ["-m", module, *shlex.split(options), *more]
+def _run(module: str, options: str) -> None:
+    arguments = ["-m", module, *shlex.split(options)]
     print("\n$ python " + " ".join(arguments), flush=True)
     status = subprocess.run([sys.executable, *arguments], check=False).returncode
     if status:

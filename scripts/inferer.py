@@ -19,8 +19,8 @@ from torch import Tensor
 
 from scripts.checkpoint import load_network
 from scripts.contexts import ContextSet, build_contexts
-from scripts.data.integrity import box_extent_mm, file_digest
-from scripts.data.preprocessing import Preprocessing, fit_spacing, load_volume
+from scripts.data.integrity import box_and_voxel, file_digest
+from scripts.data.preprocessing import ForegroundMask, Preprocessing, fit_spacing, load_volume
 from scripts.engine import MASK_THRESHOLD
 from scripts.networks import Neuroverse3D
 
@@ -104,8 +104,11 @@ class ICLInferer(Inferer):
             if image.shape != label.shape or not torch.allclose(image.affine, label.affine, atol=1e-2):
                 raise ValueError(f"{name}: image and label differ in shape or affine")
         grid = self.network.grid.tolist()
-        extents = [{"extent_mm": box_extent_mm((i > i.min())[0].numpy(), i.affine.numpy())} for i, _ in pairs]
-        preprocessing = Preprocessing(grid, self.spacing or fit_spacing(extents, grid))
+        masks = [ForegroundMask()({"image": image, "label": label})["foreground"][0] for image, label in pairs]
+        boxes = [
+            box_and_voxel(mask.numpy(), image.affine.numpy()) for mask, (image, _) in zip(masks, pairs, strict=True)
+        ]
+        preprocessing = Preprocessing(grid, self.spacing or fit_spacing(boxes, grid))
         digests = [file_digest(x) if isinstance(x, (str, Path)) else "" for x in images]
         self._context = build_contexts(names, pairs, preprocessing, digests, self.task == "generation")
 

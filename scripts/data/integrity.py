@@ -128,12 +128,16 @@ def _inspect(case: Case) -> dict[str, Any]:
     found["image_digest"] = file_digest(case["image"])
     answer_digest = file_digest(case[answer_kind]) if answer_kind else ""
     found["digest"] = hashlib.sha256(f"{found['image_digest']}{answer_digest}".encode()).hexdigest()
-    found["extent_mm"] = box_extent_mm(foreground, affine)
-    found["voxel_mm"] = box_extent_mm(np.ones((1, 1, 1), bool), affine)
-    return found
+    return found | box_and_voxel(foreground, affine)
 
 
-def box_extent_mm(foreground: np.ndarray, affine: np.ndarray) -> list[float]:
+def box_and_voxel(foreground: np.ndarray, affine: np.ndarray) -> dict[str, list[float]]:
+    """``extent_mm`` and ``voxel_mm``, size of the foreground box and of a voxel along R, A and S."""
+    one_voxel = np.ones((1, 1, 1), bool)
+    return {"extent_mm": _box_extent_mm(foreground, affine), "voxel_mm": _box_extent_mm(one_voxel, affine)}
+
+
+def _box_extent_mm(foreground: np.ndarray, affine: np.ndarray) -> list[float]:
     """Size of a mask's bounding box along the axes nearest to R, A and S; of the whole grid if it is empty.
 
     Args:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from scripts.data import integrity
-from scripts.data.integrity import box_extent_mm, inspect_cases, sound_cases
+from scripts.data.integrity import box_and_voxel, inspect_cases, sound_cases
 from scripts.data.nnunet import DatasetError, find_datasets
 
 NAMES = ["p1", "p2", "p3", "p4"]
@@ -344,7 +344,7 @@ def test_box_is_measured_along_the_body_axes(order, flips):
     affine[:3, :3] = 0
     for voxel_axis, body_axis in enumerate(order):
         affine[body_axis, voxel_axis] = flips[voxel_axis] * zooms[body_axis]
-    assert box_extent_mm(mask, affine) == pytest.approx([4, 12, 5])
+    assert box_and_voxel(mask, affine)["extent_mm"] == pytest.approx([4, 12, 5])
 
 
 def test_box_of_an_oblique_image_goes_by_the_nearest_axes():
@@ -353,11 +353,11 @@ def test_box_of_an_oblique_image_goes_by_the_nearest_axes():
     affine[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
     mask = np.zeros((12, 12, 12), bool)
     mask[1:9, 2:5, 3:4] = True
-    assert box_extent_mm(mask, affine) == pytest.approx([8, 3, 1])
+    assert box_and_voxel(mask, affine)["extent_mm"] == pytest.approx([8, 3, 1])
 
 
 def test_box_of_nothing_is_the_whole_grid():
-    assert box_extent_mm(np.zeros((4, 5, 6), bool), np.diag([1, 2, 3, 1.0])) == [4, 10, 18]
+    assert box_and_voxel(np.zeros((4, 5, 6), bool), np.diag([1, 2, 3, 1.0]))["extent_mm"] == [4, 10, 18]
 
 
 def test_box_holds_labelled_voxels_too(write_nifti, tmp_path):

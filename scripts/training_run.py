@@ -23,7 +23,7 @@ from scripts.networks import Neuroverse3D
 
 logger = logging.getLogger(__name__)
 
-BEST, LAST = "model.pt", "last.pt"
+BEST, LAST, SPLIT = "model.pt", "last.pt", "splits.json"
 
 
 def claim_folder(folder: str, resume: bool = False, overwrite: bool = False) -> None:
@@ -53,6 +53,12 @@ def claim_folder(folder: str, resume: bool = False, overwrite: bool = False) -> 
         (path / name).unlink()
     if held:
         shutil.rmtree(path / "tensorboard", ignore_errors=True)
+
+
+def earlier_split(folder: str) -> str | None:
+    """Split of an earlier stage, if it left one: so that its test cases stay out of this stage as well."""
+    path = Path(folder) / SPLIT
+    return str(path) if path.is_file() else None
 
 
 class TrainingRun:
@@ -135,7 +141,7 @@ class TrainingRun:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
         if self.collection is not None:
-            self.collection.write_split(self.folder / "splits.json")
+            self.collection.write_split(self.folder / SPLIT)
         logger.info(
             "training %d parameters, channels %s, epochs %d to %d, into %s",
             sum(p.numel() for p in self.network.parameters()),

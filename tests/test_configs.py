@@ -23,7 +23,15 @@ def test_stage_two_changes_only_what_it_must():
     first, second = read("train_stage1"), read("train_stage2")
     assert list(first) == list(second)
     changed = {key for key in first if first[key] != second[key]}
-    assert changed == {"description", "stage", "init_checkpoint", "epochs", "context_size", "learning_rate"}
+    assert changed == {
+        "description",
+        "stage",
+        "init_checkpoint",
+        "split_file",
+        "epochs",
+        "context_size",
+        "learning_rate",
+    }
     assert (second["epochs"], second["context_size"], second["learning_rate"]) == (100, [2, 9], 2e-6)
     assert (first["epochs"], first["context_size"], first["learning_rate"]) == (50, 3, 1e-5)
 

@@ -132,6 +132,14 @@ def test_nothing_to_resume(data, tmp_path):
         train(tmp_path, dataset_dir=str(data), resume=True)
 
 
+def test_resume_with_another_learning_rate_scales_the_schedule(data, tmp_path):
+    options = {"dataset_dir": str(data), "lr_patience": 100}
+    train(tmp_path, epochs=1, learning_rate=1e-3, **options)
+    folder = train(tmp_path, epochs=2, learning_rate=5e-4, resume=True, **options)
+    assert [float(row["learning_rate"]) for row in rows(folder)] == pytest.approx([1e-3, 5e-4])
+    assert read_checkpoint(folder / "last.pt")["lr_scheduler"]["min_lrs"] == pytest.approx([5e-6])
+
+
 def test_resume_refuses_another_epoch_length(data, tmp_path):
     train(tmp_path, dataset_dir=str(data), epochs=1)
     with pytest.raises(ValueError, match="--groups_per_epoch"):
@@ -146,6 +154,13 @@ def test_stage_two_goes_on_from_stage_one(finished, data, tmp_path):
     assert sizes <= set(range(1, 7)) and len(sizes) > 1
     assert load_network(folder / "model.pt").channels == (4, 8)
     assert json.loads((folder / "splits.json").read_text()) == json.loads((finished / "splits.json").read_text())
+
+
+def test_stage_two_keeps_stage_one_s_test_cases_out(data, tmp_path):
+    first = train(tmp_path, dataset_dir=str(data), epochs=1, test_fraction=0.25)
+    second = train(tmp_path, "stage2", dataset_dir=str(data), epochs=1)  # without --test_fraction
+    splits = [json.loads((folder / "splits.json").read_text()) for folder in (first, second)]
+    assert splits[0] == splits[1] and sum(map(len, splits[0]["test"].values())) == 2
 
 
 def test_stage_two_without_stage_one(data, tmp_path):

@@ -190,6 +190,9 @@ def read_split(path: str | Path, cases: Sequence[Case]) -> dict[str, list[Case]]
         part = where.get((case["dataset"], case["case"]))
         if part in parts:
             parts[part].append(case)
+    unnamed = [f"{case['dataset']}/{case['case']}" for case in cases if (case["dataset"], case["case"]) not in where]
+    if unnamed:
+        logger.warning("%s does not name %d of the cases found; they are not used: %s", path, len(unnamed), unnamed[:5])
     if not any(parts.values()):
         raise DatasetError(f"{path} names none of the cases found")
     return parts

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from scripts.atomic import write_atomically
 from scripts.networks import Neuroverse3D
+from scripts.options import flag
 
 AUTHORS_GRID = 128
 """Grid of the authors' published weights, voxels per axis."""
@@ -231,7 +232,7 @@ def network_options(
     return found | given
 
 
-def convert(source: str, output: str, allow_pickle: bool = False, overwrite: bool = False) -> None:
+def convert(source: str, output: str, *, allow_pickle: bool = False, overwrite: bool = False) -> None:
     """Write the authors' Lightning checkpoint in our format.
 
     Args:
@@ -241,7 +242,7 @@ def convert(source: str, output: str, allow_pickle: bool = False, overwrite: boo
         overwrite: replace an existing output.
     """
     target = _new_file(output, overwrite)
-    content = read_checkpoint(source, allow_pickle=_is_true(allow_pickle))
+    content = read_checkpoint(source, allow_pickle=flag(allow_pickle))
     network = network_from_state(from_authors(content, source), str(source))
     atomic_save(network.state_dict(), target)
     print(f"{target}: {_size_text(network)}")
@@ -270,7 +271,7 @@ def from_authors(content: Any, source: str) -> dict[str, Tensor]:
     return converted | {"grid": torch.tensor((AUTHORS_GRID,) * 3)}
 
 
-def export(source: str, output: str, overwrite: bool = False) -> None:
+def export(source: str, output: str, *, overwrite: bool = False) -> None:
     """Write one of our checkpoints in the authors' layout.
 
     Args:
@@ -306,7 +307,7 @@ def to_authors(network: Neuroverse3D) -> dict[str, Any]:
     }
 
 
-def download(output: str = "models/neuroverse3d.pt", overwrite: bool = False, allow_pickle: bool = False) -> None:
+def download(output: str = "models/neuroverse3d.pt", *, overwrite: bool = False, allow_pickle: bool = False) -> None:
     """Fetch the authors' published weights, print their SHA-256 and convert them.
 
     The authors publish no checksum, so the printed one is for your own records.
@@ -373,13 +374,9 @@ def _authors_widths(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _new_file(path: str, overwrite: bool) -> Path:
     target = Path(path)
-    if target.exists() and not _is_true(overwrite):
+    if target.exists() and not flag(overwrite):
         raise FileExistsError(f"{target} exists: give another --output or --overwrite")
     return target
-
-
-def _is_true(value: bool | str) -> bool:
-    return str(value).lower() == "true"
 
 
 def _size_text(network: Neuroverse3D) -> str:

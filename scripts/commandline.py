@@ -35,8 +35,8 @@ def main(component: Callable | Mapping[str, Callable]) -> None:
     """
     import fire
 
-    arguments = [a for a in sys.argv[1:] if a != "--debug"]
-    install_one_line_errors("--debug" in sys.argv)
+    debug, arguments = _without_debug(sys.argv[1:])
+    install_one_line_errors(debug)
     function, name = component, Path(sys.argv[0]).stem
     verb = []
     if isinstance(component, Mapping):
@@ -178,15 +178,36 @@ def _options_typed(argv: list[str]) -> Iterator[tuple[str, str]]:
             yield match[1].replace("-", "_"), match[2] if match[2] is not None else following
 
 
+def _without_debug(arguments: list[str]) -> tuple[bool, list[str]]:
+    """Take ``--debug``, ``--debug true`` or ``--debug=true`` out, so that its value is not read as another's."""
+    rest, debug, index = [], False, 0
+    while index < len(arguments):
+        name, equals, value = arguments[index].partition("=")
+        index += 1
+        if name != "--debug":
+            rest.append(arguments[index - 1])
+            continue
+        if not equals and index < len(arguments) and arguments[index].lower() in ("true", "false"):
+            value, index = arguments[index], index + 1
+        debug = flag(value or True)
+    return debug, rest
+
+
+def _arguments_file(argv: list[str]) -> dict[str, Any]:
+    """Content of MONAI's ``--args_file``: defaults of arguments and overrides."""
+    for name, value in _options_typed(argv):
+        if name == "args_file":
+            return ConfigParser.load_config_files(value)
+    return {}
+
+
 def _config_files(argv: list[str]) -> Any:
     from fire.parser import DefaultParseValue
 
-    return next(DefaultParseValue(value) for name, value in _options_typed(argv) if name == "config_file")
+    typed = [DefaultParseValue(value) for name, value in _options_typed(argv) if name == "config_file"]
+    return typed[0] if typed else _arguments_file(argv)["config_file"]
 
 
 def _override_keys(argv: list[str]) -> list[str]:
-    keys = [name for name, _ in _options_typed(argv)]
-    for name, value in _options_typed(argv):
-        if name == "args_file":
-            keys += ConfigParser.load_config_files(value)
+    keys = [*(name for name, _ in _options_typed(argv)), *_arguments_file(argv)]
     return [key for key in keys if key not in _RUN_ARGUMENTS and key != "help"]

@@ -13,9 +13,10 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from scripts.data.collection import read_split
-from scripts.data.integrity import file_digest, inspect_cases, sound_cases
+from scripts.data.integrity import inspect_cases, sound_cases
 from scripts.data.nnunet import Case, DatasetError, find_datasets
-from scripts.data.preprocessing import Preprocessing, fit_spacing, load_volume
+from scripts.data.preprocessing import Preprocessing, fit_spacing
+from scripts.data.volumes import load_volume, volume_digest
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class ContextSet:
         images: ``(L, 1, H, W, D)`` in [0, 1], host memory.
         labels: ``(L, 1, H, W, D)``: label numbers; for generation the wanted output in [0, 1].
         preprocessing: what brings a target to the same grid.
-        digests: SHA-256 of each image file, empty where a pair came from memory.
+        digests: SHA-256 of each image's voxels and affine.
         output_range: generation: mean intensities that 0 and 1 of the outputs stand for.
     """
 
@@ -62,8 +63,8 @@ class ContextSet:
         return (self.labels == value).flatten(1).any(1).nonzero().flatten().tolist()
 
     def same_image(self, digest: str) -> list[int]:
-        """Numbers of the pairs whose image file has this content: a target is never its own context."""
-        return [i for i, known in enumerate(self.digests) if digest and known == digest]
+        """Numbers of the pairs with this very image: a target is never its own context."""
+        return [i for i, known in enumerate(self.digests) if known == digest]
 
 
 def context_cases(
@@ -139,9 +140,8 @@ def load_contexts(
     """
     preprocessing = Preprocessing(spatial_size, spacing or fit_spacing(candidates, spatial_size))
     pairs = [(load_volume(c["image"]), load_volume(c.get("output") or c["label"])) for c in chosen]
-    digests = [file_digest(c["image"]) for c in chosen]
     contexts = build_contexts(
-        [c["case"] for c in chosen], pairs, preprocessing, digests, generation="output" in chosen[0]
+        [c["case"] for c in chosen], pairs, preprocessing, generation="output" in chosen[0]
     )  # fmt: skip
     if classes := chosen[0].get("classes"):  # values of no class (nnU-Net's "ignore") are not to be predicted
         known = torch.tensor(sorted({value for values in classes.values() for value in values}))
@@ -153,7 +153,6 @@ def build_contexts(
     names: Sequence[str],
     pairs: Sequence[tuple[MetaTensor, MetaTensor]],
     preprocessing: Preprocessing,
-    digests: Sequence[str],
     generation: bool = False,
 ) -> ContextSet:
     """Preprocess volumes ``(1, H, W, D)`` into a context set."""
@@ -168,7 +167,7 @@ def build_contexts(
         torch.stack([image for image, _ in on_grid]),
         torch.stack([label.to(labels[0].dtype if generation else torch.int32) for label in labels]),
         preprocessing,
-        digests,
+        [volume_digest(image) for image, _ in pairs],
         tuple(float(np.mean(bounds)) for bounds in zip(*ranges, strict=True)),
     )
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import NibabelReader, NrrdReader
 from monai.data.utils import affine_to_spacing
 from monai.metrics import (
     MAEMetric,
@@ -29,21 +28,20 @@ from monai.metrics import (
     compute_hausdorff_distance,
     compute_surface_dice,
 )
-from monai.utils import optional_import
 from scipy.ndimage import find_objects
 from scipy.stats import bootstrap
 from tqdm import tqdm
 
 from scripts.atomic import write_json, write_text
+from scripts.data.volumes import AFFINE_TOLERANCE_MM, ENDINGS, load_volume, strip_ending
 
-ENDINGS = (".nii.gz", ".nii", ".mgz", ".nrrd")
 METRICS = {"segmentation": ("dice", "hd95_mm", "nsd_1mm"), "generation": ("psnr_db", "ssim", "mae")}
 VOLUMES = ("reference_volume_mm3", "predicted_volume_mm3")
 NSD_TOLERANCE_MM = 1.0
 SSIM_WINDOW_VOXELS = 11
 
-AFFINE_TOLERANCE = 1e-3
-"""Headers hold float32, so a 1 mm grid may say 1.00001 mm: that is the same grid, and within 1 mm."""
+ROUNDING_MM = 1e-3
+"""Headers hold float32, so a 1 mm grid may say 1.00001 mm: that counts as within 1 mm."""
 
 _UNDEFINED = {"segmentation": ("hd95_undefined", "hd95_mm", "dice"), "generation": ("psnr_undefined", "psnr_db", "mae")}
 
@@ -176,14 +174,15 @@ class Evaluation:
         reference, reference_affine = self._read(reference_file)
         if prediction.shape != reference.shape:
             raise ValueError(f"shape {prediction.shape} differs from the reference's {reference.shape}")
-        if not np.allclose(affine, reference_affine, atol=AFFINE_TOLERANCE):
+        if not np.allclose(affine, reference_affine, atol=AFFINE_TOLERANCE_MM):
             difference = np.abs(affine - reference_affine).max()
             raise ValueError(f"affine differs from the reference's by up to {difference:.3g} mm")
         return _labels_in(prediction) | _labels_in(reference) if self.task == "segmentation" else set()
 
     def _read(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
         """3D volume (int32 for segmentation, else float32) and its 4x4 affine in RAS mm."""
-        volume, affine = _read_volume(path)
+        loaded = load_volume(path)
+        volume, affine = loaded[0].numpy(), np.asarray(loaded.affine, dtype=float)
         if not np.isfinite(volume).all():
             raise ValueError(f"{path.name} holds NaN or infinite values")
         if self.task == "generation":
@@ -244,7 +243,7 @@ def segmentation_metrics(prediction: np.ndarray, reference: np.ndarray, affine: 
         box = find_objects((prediction | reference).astype(np.uint8))[0]
         masks = [torch.from_numpy(np.ascontiguousarray(m[box]))[None, None] for m in (prediction, reference)]
         on_surface = {"include_background": True, "spacing": affine_to_spacing(affine).tolist()}
-        tolerance_mm = NSD_TOLERANCE_MM + AFFINE_TOLERANCE
+        tolerance_mm = NSD_TOLERANCE_MM + ROUNDING_MM
         with warnings.catch_warnings():  # MONAI 1.6 uses an argument that it deprecates itself
             warnings.filterwarnings("ignore", message=".*always_return_as_numpy")
             metrics = (
@@ -278,28 +277,10 @@ def _files_by_case(folder: Path) -> dict[str, list[Path]]:
         raise FileNotFoundError(f"no folder {folder}: give --prediction_dir and --reference_dir existing folders")
     files = defaultdict(list)
     for path in sorted(folder.iterdir()):
-        ending = next((e for e in ENDINGS if path.name.lower().endswith(e)), None)
-        if ending and path.is_file() and not path.name.startswith("."):
-            files[path.name[: -len(ending)]].append(path)
+        name = strip_ending(path)
+        if name and path.is_file():
+            files[name].append(path)
     return dict(files)
-
-
-def _read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    is_nrrd = path.name.lower().endswith(".nrrd")
-    if is_nrrd and not optional_import("nrrd")[1]:
-        raise ImportError(f"{path} needs a reader that is not installed: pip install pynrrd")
-    reader = NrrdReader() if is_nrrd else NibabelReader()
-    try:
-        volume, meta = reader.get_data(reader.read(path))
-        volume, affine = np.asarray(volume, dtype=np.float32), np.asarray(meta["affine"], dtype=float)
-    except Exception as error:  # nibabel, zlib and pynrrd each raise their own
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path.name} is unreadable ({reason})") from error
-    while volume.ndim > 3 and volume.shape[-1] == 1:
-        volume = volume[..., 0]
-    if volume.ndim != 3 or volume.size == 0:
-        raise ValueError(f"{path.name} has shape {volume.shape}, which is not a 3D volume")
-    return volume, affine
 
 
 def _labels_in(volume: np.ndarray) -> set[int]:

@@ -19,16 +19,16 @@ from monai.transforms import Orientation
 
 from scripts.atomic import write_json
 from scripts.data.collection import read_split
-from scripts.data.integrity import file_digest, inspect_cases
+from scripts.data.integrity import inspect_cases
 from scripts.data.nnunet import Case, DatasetError, find_targets
-from scripts.data.preprocessing import load_volume
+from scripts.data.preprocessing import RAS_LABELS
+from scripts.data.volumes import load_volume
 from scripts.inferer import ICLInferer
 from scripts.pictures import overlay_figure, save_png
 
 logger = logging.getLogger(__name__)
 
 REPORT = "report.json"
-_RAS = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
 class InferenceRun(Sequence[Case]):
@@ -122,7 +122,8 @@ class InferenceRun(Sequence[Case]):
             if not self.overwrite and written and done.get("image_digest") == target["image_digest"]:
                 self.report["cases"][target["case"]] = done
                 continue
-            if written and not self.overwrite:
+            cut_short = same_run and not done  # written by this very run, but not reported any more
+            if written and not self.overwrite and not cut_short:
                 in_the_way.append(target["case"])
             self._todo.append({key: target[key] for key in ("image", "case", "image_digest")})
         if in_the_way:
@@ -133,7 +134,7 @@ class InferenceRun(Sequence[Case]):
             )
         if self.report["cases"]:
             logger.info("%d cases are done already and are skipped", len(self.report["cases"]))
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(self.report, self.output_dir / REPORT)
         logger.info("%d targets, labels %s", len(self._todo), self.report["labels"])
 
     def attach(self, engine: Engine) -> None:
@@ -184,7 +185,7 @@ class InferenceRun(Sequence[Case]):
     def _fingerprint(self) -> str:
         inferer, context = self.inferer, self.inferer.context
         facts = [
-            file_digest(self.checkpoint),
+            hashlib.sha256(Path(self.checkpoint).read_bytes()).hexdigest(),
             context.digests,
             hashlib.sha256(context.labels.numpy().tobytes()).hexdigest(),
             context.preprocessing.fingerprint,
@@ -200,8 +201,8 @@ class InferenceRun(Sequence[Case]):
 
     def _start_case(self, engine: Engine) -> None:
         self._started = time.monotonic()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        if self.inferer.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.inferer.device)
 
     def _finish_case(self, engine: Engine) -> None:
         batch, output = engine.state.batch[0], engine.state.output[0]
@@ -209,14 +210,14 @@ class InferenceRun(Sequence[Case]):
         self.report["cases"][batch["case"]] = {
             "image_digest": batch["image_digest"],
             "seconds": round(time.monotonic() - self._started, 3),
-            "peak_memory_mb": _peak_memory_mb(),
+            "peak_memory_mb": _peak_memory_mb(self.inferer.device),
             "contexts": {str(value): names for value, names in self.inferer.used.items()},
             "volumes_mm3": self._volumes(answer),
             "warnings": self._warnings(batch, answer),
         }
+        write_json(self.report, self.output_dir / REPORT)
         if self.overlays:
             self._picture(batch, answer)
-        write_json(self.report, self.output_dir / REPORT)
 
     def _volumes(self, answer: Any) -> dict[str, float]:
         if self.inferer.task == "generation":
@@ -229,6 +230,9 @@ class InferenceRun(Sequence[Case]):
         found = []
         if itself := context.same_image(batch["image_digest"]):
             found.append(f"the target is also context {context.names[itself[0]]}: it was left out of its own contexts")
+        alone = [str(value) for value, names in self.inferer.used.items() if not names]
+        if alone:
+            found.append(f"no context but the target itself has label {', '.join(alone)}: left empty")
         grid = context.preprocessing.spatial_size
         if any(n > size for n, size in zip(batch["image"].shape[1:], grid, strict=True)):
             found.append("larger than the grid at the contexts' spacing: predicted in overlapping windows")
@@ -238,7 +242,7 @@ class InferenceRun(Sequence[Case]):
 
     def _picture(self, batch: dict[str, Any], answer: Any) -> None:
         path = batch["image"].meta["filename_or_obj"]
-        to_ras = Orientation(axcodes="RAS", labels=_RAS)
+        to_ras = Orientation(axcodes="RAS", labels=RAS_LABELS)
         image, shown = to_ras(load_volume(path))[0].numpy(), to_ras(answer)
         context = self.inferer.context
         labels = context.labels[:, 0].numpy()
@@ -251,8 +255,8 @@ class InferenceRun(Sequence[Case]):
         save_png(figure, self.output_dir / f"{batch['case']}.png")
 
 
-def _peak_memory_mb() -> float:
+def _peak_memory_mb(device: torch.device) -> float:
     """Peak of the GPU's memory for this case, or of the whole process so far on the CPU."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)

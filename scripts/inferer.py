@@ -6,6 +6,7 @@ Deploy call. It knows native space; the network does not.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,15 @@ from torch import Tensor
 
 from scripts.checkpoint import load_network
 from scripts.contexts import ContextSet, build_contexts
-from scripts.data.integrity import box_and_voxel, file_digest
-from scripts.data.preprocessing import ForegroundMask, Preprocessing, fit_spacing, load_volume
+from scripts.data.integrity import box_and_voxel
+from scripts.data.preprocessing import ForegroundMask, Preprocessing, fit_spacing
+from scripts.data.volumes import AFFINE_TOLERANCE_MM, load_volume, volume_digest
 from scripts.engine import MASK_THRESHOLD
 from scripts.networks import Neuroverse3D
+
+logger = logging.getLogger(__name__)
+
+_DIGEST = "image_digest"
 
 Volume = str | Path | np.ndarray | Tensor | MetaTensor | tuple[np.ndarray, np.ndarray]
 
@@ -31,7 +37,7 @@ class ICLInferer(Inferer):
     """Predicts from example pairs.
 
     A target on the context set's spacing goes through the network once per label; one that is larger than
-    the grid is tiled with overlapping windows. A context whose image file is the target itself is left out.
+    the grid is tiled with overlapping windows. A context whose image is the target itself is left out.
 
     Args:
         network: the network, or the path of a checkpoint.
@@ -101,7 +107,7 @@ class ICLInferer(Inferer):
         names = [str(x) if isinstance(x, (str, Path)) else f"context {i + 1}" for i, x in enumerate(images)]
         pairs = [(as_volume(image), as_volume(label)) for image, label in zip(images, labels, strict=True)]
         for name, (image, label) in zip(names, pairs, strict=True):
-            if image.shape != label.shape or not torch.allclose(image.affine, label.affine, atol=1e-2):
+            if image.shape != label.shape or not torch.allclose(image.affine, label.affine, atol=AFFINE_TOLERANCE_MM):
                 raise ValueError(f"{name}: image and label differ in shape or affine")
         grid = self.network.grid.tolist()
         masks = [ForegroundMask()({"image": image, "label": label})["foreground"][0] for image, label in pairs]
@@ -109,8 +115,7 @@ class ICLInferer(Inferer):
             box_and_voxel(mask.numpy(), image.affine.numpy()) for mask, (image, _) in zip(masks, pairs, strict=True)
         ]
         preprocessing = Preprocessing(grid, self.spacing or fit_spacing(boxes, grid))
-        digests = [file_digest(x) if isinstance(x, (str, Path)) else "" for x in images]
-        self._context = build_contexts(names, pairs, preprocessing, digests, self.task == "generation")
+        self._context = build_contexts(names, pairs, preprocessing, self.task == "generation")
 
     @property
     def label_values(self) -> list[int]:
@@ -140,10 +145,15 @@ class ICLInferer(Inferer):
             ``(1, H, W, D)`` with the target's affine: label numbers (uint8, or int16/int32 if needed), or for
             generation float32 in the intensity range of the contexts' outputs.
         """
-        volume = as_volume(image)
-        target = self.context.preprocessing.target(volume)
+        target = self.to_grid(as_volume(image))
         scores = self(target[None].to(self.device), self.network)
         return self.answer(scores[0].cpu(), target)
+
+    def to_grid(self, volume: MetaTensor) -> MetaTensor:
+        """Bring a target ``(1, H, W, D)`` to the context set's spacing; it remembers which image it was."""
+        target = self.context.preprocessing.target(volume)
+        target.meta[_DIGEST] = volume_digest(volume)
+        return target
 
     def __call__(self, inputs: Tensor, network: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Scores of a preprocessed target.
@@ -164,6 +174,9 @@ class ICLInferer(Inferer):
         def scores_of(window: Tensor) -> Tensor:
             scores = []
             for value, chosen in members.items():
+                if not chosen:
+                    scores.append(torch.zeros_like(window))
+                    continue
                 images, labels = context.images[chosen][None], context.labels[chosen][None]
                 wanted = labels if self.task == "generation" else (labels == value).float()
                 scores.append(network(window, images, wanted, mini_context_size=self.mini_context_size))
@@ -195,16 +208,17 @@ class ICLInferer(Inferer):
         return MetaTensor(torch.where(best > MASK_THRESHOLD, numbers, 0).to(smallest), affine=native.affine)
 
     def _members(self, inputs: Tensor) -> dict[int, list[int]]:
+        """Numbers of the contexts to use, by label; none where the target is the only one that has it."""
         context = self.context
-        path = inputs.meta.get("filename_or_obj") if isinstance(inputs, MetaTensor) else None
-        path = path[0] if isinstance(path, (list, tuple)) else path
-        itself = context.same_image(file_digest(path)) if path and Path(path).is_file() else []
+        digest = inputs.meta.get(_DIGEST) if isinstance(inputs, MetaTensor) else None
+        digest = digest[0] if isinstance(digest, (list, tuple)) else digest  # of a batch
+        itself = context.same_image(digest) if digest else []
         members = {}
         for value in self.label_values:
             pool = range(len(context)) if self.task == "generation" else context.holding(value)
             members[value] = [i for i in pool if i not in itself]
             if not members[value]:
-                raise ValueError(f"{path}: the target is the only context that has label {value}")
+                logger.warning("no context but the target itself has label %d: its answer is empty", value)
         return members
 
 
@@ -225,7 +239,7 @@ def as_volume(source: Volume) -> MetaTensor:
 
 
 class ToGridd(MapTransform):
-    """Brings a loaded target to the context set's spacing (``Preprocessing.target``)."""
+    """Brings a loaded target to the context set's spacing (``ICLInferer.to_grid``)."""
 
     def __init__(self, keys: Hashable, inferer: ICLInferer) -> None:
         super().__init__(keys)
@@ -233,7 +247,7 @@ class ToGridd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Each key: ``(1, H, W, D)`` -> ``(1, h, w, d)``."""
-        return {**data, **{key: self.inferer.context.preprocessing.target(data[key]) for key in self.keys}}
+        return {**data, **{key: self.inferer.to_grid(data[key]) for key in self.keys}}
 
 
 class ToAnswerd(MapTransform):

@@ -30,36 +30,36 @@ OPTIONS: dict[str, Option] = {
     "test_fraction": Option("float", "fraction of the cases kept out of training and validation altogether"),
     "split_file": Option("path", "a splits.json of an earlier run to use instead of a fresh split"),
     "skip_bad_cases": Option("flag", "go on without faulty cases instead of stopping"),
-    "synthetic_cohorts": Option("int", "without dataset_dir: how many synthetic cohorts to make"),
-    "synthetic_subjects": Option("int", "without dataset_dir: subjects per synthetic cohort"),
+    "synthetic_cohorts": Option("count", "without dataset_dir: how many synthetic cohorts to make"),
+    "synthetic_subjects": Option("count", "without dataset_dir: subjects per synthetic cohort"),
     "num_workers": Option("int", "data loading processes; 0 loads in the main process"),
     # grid
     "spatial_size": Option(
         "grid", "the network's grid in voxels, one number or three; None takes the checkpoint's, else 128"
     ),
-    "spacing": Option("number", "isotropic voxel size of the grid in mm; None fits the largest case into the grid"),
+    "spacing": Option("float", "isotropic voxel size of the grid in mm; None fits the largest case into the grid"),
     # network
     "channels": Option("ints", "width of each network stage; None takes the checkpoint's, else 32 to 512"),
-    "convs_per_block": Option("int", "convolutions per residual unit; None takes the checkpoint's, else 2"),
-    "mini_context_size": Option("int", "context pairs that run at once; memory grows with it, results do not change"),
+    "convs_per_block": Option("count", "convolutions per residual unit; None takes the checkpoint's, else 2"),
+    "mini_context_size": Option("count", "context pairs run at once: more take more memory, and predict the same"),
     "checkpoint": Option("path", "weights to use, in this bundle's format"),
     "init_checkpoint": Option("path", "weights to start from"),
     # training
-    "epochs": Option("int", "epochs to train"),
-    "groups_per_epoch": Option("int", "groups per epoch; every member of a group is the target once"),
-    "val_groups": Option("int", "validation groups, the same at every validation"),
-    "val_interval": Option("int", "epochs between validations"),
-    "batch_size": Option("int", "groups per optimiser step"),
+    "epochs": Option("count", "epochs to train"),
+    "groups_per_epoch": Option("count", "groups per epoch; every member of a group is the target once"),
+    "val_groups": Option("count", "validation groups, the same at every validation"),
+    "val_interval": Option("count", "epochs between validations"),
+    "batch_size": Option("count", "groups per optimiser step"),
     "context_size": Option("range", "context pairs: a number, or [low, high] drawn once per epoch"),
-    "val_context_size": Option("int", "context pairs in validation"),
-    "max_classes": Option("int", "at most this many random classes are merged into one foreground"),
+    "val_context_size": Option("count", "context pairs in validation"),
+    "max_classes": Option("count", "at most this many random classes are merged into one foreground"),
     "learning_rate": Option("float", "Adam's learning rate"),
     "lr_patience": Option("int", "validations without gain before the learning rate is halved"),
     "grad_clip": Option("float", "gradient norm is clipped to this"),
     "loss_weight": Option("float", "factor on the smooth L3-L1 loss"),
     "amp": Option("flag", "bfloat16 autocast (meant for GPUs; very slow on CPUs without bfloat16 units)"),
     "early_stop": Option("flag", "stop when the validation loss no longer falls"),
-    "early_stop_patience": Option("int", "validations without gain before stopping"),
+    "early_stop_patience": Option("count", "validations without gain before stopping"),
     "image_interval": Option("int", "epochs between TensorBoard pictures"),
     "resume": Option("flag", "continue the run in the output folder"),
     "overwrite": Option("flag", "replace results that are already there"),
@@ -153,7 +153,16 @@ def _range(value: Any) -> int | list[int]:
     return low if len(bounds) == 1 else [low, high]
 
 
+def _count(value: Any) -> int:
+    number = _whole(value)
+    if number < 1:
+        raise ValueError("at least 1 is needed")
+    return number
+
+
 def _path(value: Any) -> str:
+    if isinstance(value, (list, tuple, dict)):
+        raise ValueError("one path is needed; quote it twice if it holds a comma: '\"a,b\"'")
     text = str(value)
     if "#" in text or "::" in text:  # MONAI turns the one into the other
         raise ValueError("a '#' in a path is read as a separator of config ids; rename or link the folder")
@@ -162,8 +171,8 @@ def _path(value: Any) -> str:
 
 _READERS: dict[str, Callable[[Any], Any]] = {
     "int": _whole,
+    "count": _count,
     "float": _number,
-    "number": _number,
     "ints": _whole_numbers,
     "grid": _grid,
     "range": _range,

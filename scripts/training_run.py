@@ -16,23 +16,25 @@ from ignite.engine import Engine, Events
 from ignite.handlers import EarlyStopping
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from scripts.checkpoint import CheckpointError, atomic_save, load_weights, read_checkpoint
-from scripts.data import Collection, EpisodeDataset
+from scripts.atomic import write_text
+from scripts.checkpoint import CheckpointError, atomic_save, read_checkpoint
+from scripts.data import Collection
 from scripts.handlers import BestScore
 from scripts.networks import Neuroverse3D
 
 logger = logging.getLogger(__name__)
 
 BEST, LAST, SPLIT = "model.pt", "last.pt", "splits.json"
+_HELD = (LAST, BEST, "metrics.csv")
 
 
 def claim_folder(folder: str, resume: bool = False, overwrite: bool = False) -> None:
-    """Make sure that training into a folder loses nothing.
+    """Make sure that training into a folder loses nothing; changes nothing itself.
 
     Args:
         folder: the run's folder.
         resume: continue what is there.
-        overwrite: start anew where there is a run, which is deleted.
+        overwrite: start anew where there is a run; :func:`clear_folder` deletes it once all else is in order.
 
     Raises:
         FileNotFoundError: nothing to resume.
@@ -43,16 +45,19 @@ def claim_folder(folder: str, resume: bool = False, overwrite: bool = False) -> 
         if not (path / LAST).is_file():
             raise FileNotFoundError(f"nothing to resume: no {path / LAST}")
         return
-    held = [name for name in (LAST, BEST, "metrics.csv") if (path / name).exists()]
+    held = [name for name in _HELD if (path / name).exists()]
     if held and not overwrite:
         raise FileExistsError(
             f"{path} already holds a run ({', '.join(held)}): continue it with --resume true, replace it "
             "with --overwrite true, or give another --output_dir"
         )
-    for name in held:
-        (path / name).unlink()
-    if held:
-        shutil.rmtree(path / "tensorboard", ignore_errors=True)
+
+
+def clear_folder(folder: str) -> None:
+    """Delete the run in a folder."""
+    for name in _HELD:
+        (Path(folder) / name).unlink(missing_ok=True)
+    shutil.rmtree(Path(folder) / "tensorboard", ignore_errors=True)
 
 
 def earlier_split(folder: str) -> str | None:
@@ -69,15 +74,14 @@ class TrainingRun:
 
     Args:
         folder: the run's folder.
-        network: the network (a wrapper's ``module`` is looked through).
+        network: the network with its starting weights (a wrapper's ``module`` is looked through).
         optimizer: its optimiser.
         lr_scheduler: the plateau scheduler, stepped on validation.
         trainer: training engine.
         evaluator: validation engine, run by the trainer; its ``val_loss`` decides which model is best.
-        datasets: training and validation episodes, to be checked before any work.
-        collection: where the split comes from; None when the cases were given directly.
+        fixed: options that a resumed run must share, by name (plain numbers and lists).
+        collection: where the split comes from; it is not written if the cases were given directly.
         early_stop_patience: stop after this many validations without gain; None never does.
-        init_checkpoint: weights to start from.
         resume: continue what is in the folder (claimed by :func:`claim_folder` before).
     """
 
@@ -89,22 +93,20 @@ class TrainingRun:
         lr_scheduler: ReduceLROnPlateau,
         trainer: Engine,
         evaluator: Engine,
-        datasets: list[EpisodeDataset],
+        fixed: Mapping[str, Any],
         collection: Collection | None = None,
         early_stop_patience: int | None = None,
-        init_checkpoint: str | None = None,
         resume: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.network: Neuroverse3D = getattr(network, "module", network)
         self.trainer = trainer
+        self.evaluator = evaluator
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.learning_rate = optimizer.param_groups[0]["lr"]
-        self.evaluator = evaluator
-        self.datasets = datasets
+        self.fixed = dict(fixed)
         self.collection = collection
-        self.init_checkpoint = init_checkpoint
         self.resume = resume
         self.best = BestScore()
         self.state = {
@@ -122,25 +124,19 @@ class TrainingRun:
             self.state["early_stopping"] = stop
 
     def run(self, config: Mapping[str, Any]) -> None:
-        """Check the data, load weights, train.
+        """Restore what is to be resumed, and train.
 
         Args:
             config: the configuration as run, kept in ``config.json``.
 
         Raises:
-            DatasetError: faulty or too few cases.
-            CheckpointError: unusable weights.
+            CheckpointError: what is there cannot be resumed with these options.
         """
-        for dataset in self.datasets:
-            dataset.prepare()
         if self.resume:
             self._restore(self.folder / LAST)
-        elif self.init_checkpoint:
-            load_weights(self.network, self.init_checkpoint)
-            logger.info("starting from %s", self.init_checkpoint)
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
-        if self.collection is not None:
+        write_text(json.dumps(config, indent=2, default=str), self.folder / "config.json")
+        if self.collection is not None and self.collection.is_read:
             self.collection.write_split(self.folder / SPLIT)
         logger.info(
             "training %d parameters, channels %s, epochs %d to %d, into %s",
@@ -156,34 +152,27 @@ class TrainingRun:
 
     def _restore(self, path: Path) -> None:
         content = read_checkpoint(path)
-        missing = set(self.state) - set(content) - {"early_stopping"} if isinstance(content, dict) else set(self.state)
+        needed = set(self.state) - {"early_stopping"} | {"fixed", "learning_rate"}
+        missing = needed - set(content) if isinstance(content, dict) else needed
         if missing:
             raise CheckpointError(f"{path} cannot be resumed: it has no {', '.join(sorted(missing))}")
-        try:
-            self.network.load_state_dict(content["network"])
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"{path} holds a network of other --channels or --convs_per_block than this run's "
-                f"{list(self.network.channels)}, {self.network.convs_per_block}"
-            ) from error
-        epochs, length = self.trainer.state.max_epochs, self.trainer.state.epoch_length
-        if content["trainer"]["epoch_length"] != length:
-            raise CheckpointError(
-                f"{path} was trained with {content['trainer']['epoch_length']} iterations per epoch, this run has "
-                f"{length}: keep --groups_per_epoch and --batch_size when resuming"
-            )
+        other = [f"--{n} {content['fixed'].get(n)}" for n, v in self.fixed.items() if content["fixed"].get(n) != v]
+        if other:
+            raise CheckpointError(f"{path} was trained with {', '.join(other)}: keep that when resuming")
+        epochs, patience = self.trainer.state.max_epochs, self.lr_scheduler.patience
         for name, part in self.state.items():
-            if name in content and name != "network":
+            if name in content:
                 part.load_state_dict(content[name])
         if self.trainer.state.epoch >= epochs:
             raise ValueError(f"{path} has already finished epoch {self.trainer.state.epoch} of --epochs {epochs}")
         self.trainer.state.max_epochs = epochs
-        factor = self.learning_rate / content["learning_rate"]
-        if factor != 1:  # another --learning_rate than before: the schedule goes on from where it was, scaled
-            logger.info("learning rate changed from %g to %g", content["learning_rate"], self.learning_rate)
+        self.lr_scheduler.patience = patience
+        before = content["learning_rate"]
+        if self.learning_rate != before:  # the schedule goes on from where it was, scaled
+            logger.info("learning rate changed from %g to %g", before, self.learning_rate)
             for group in self.optimizer.param_groups:
-                group["lr"] *= factor
-            self.lr_scheduler.min_lrs = [rate * factor for rate in self.lr_scheduler.min_lrs]
+                group["lr"] = group["lr"] * self.learning_rate / before if before else self.learning_rate
+            self.lr_scheduler.min_lrs = [0.01 * self.learning_rate for _ in self.lr_scheduler.min_lrs]
         logger.info("resuming after epoch %d", self.trainer.state.epoch)
 
     def _save(self, engine: Engine) -> None:
@@ -191,7 +180,8 @@ class TrainingRun:
             if self.best.improves(float(self.evaluator.state.metrics["val_loss"])):
                 atomic_save(self.network.state_dict(), self.folder / BEST)
         content = {name: part.state_dict() for name, part in self.state.items()}
-        atomic_save(content | {"learning_rate": self.learning_rate}, self.folder / LAST)
+        content |= {"learning_rate": self.learning_rate, "fixed": self.fixed}
+        atomic_save(content, self.folder / LAST)
 
 
 class RandomState:

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from monai.bundle import ConfigWorkflow
 
-from scripts.commandline import refuse_unknown, root_cause
+from scripts.commandline import _without_debug, refuse_unknown, root_cause
 from scripts.options import OPTIONS, flag, normalise
 
 CONFIG = {"epochs": 1, "train": {"trainer": {"_target_": "x", "max_epochs": 3}, "handlers": [{"_target_": "y"}]}}
@@ -36,6 +37,30 @@ def test_false(text):
 @pytest.mark.parametrize("name", [n for n, option in OPTIONS.items() if option.kind == "flag"])
 def test_every_flag_takes_false_from_a_command_line(name):
     assert normalise(name, "false") is False
+
+
+@pytest.mark.parametrize("config", ["train_stage1", "train_stage2", "inference", "evaluate"])
+@pytest.mark.parametrize("typed", ["false", "False", "FALSE"])
+def test_flags_of_a_workflow_become_booleans(config, typed):
+    workflow = ConfigWorkflow(f"configs/{config}.json", workflow_type=None)
+    flags = [name for name in workflow.parser.config if name in OPTIONS and OPTIONS[name].kind == "flag"]
+    workflow = ConfigWorkflow(f"configs/{config}.json", workflow_type=None, **dict.fromkeys(flags, typed))
+    workflow.initialize()
+    assert len(flags) >= 3 and all(workflow.parser.get_parsed_content(name) is False for name in flags)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "debug", "rest"),
+    [
+        ("--source a --debug", True, "--source a"),
+        ("--debug true --source a", True, "--source a"),
+        ("--debug --source a", True, "--source a"),
+        ("--debug=false convert a", False, "convert a"),
+        ("convert true", False, "convert true"),
+    ],
+)
+def test_debug_takes_its_value_along(arguments, debug, rest):
+    assert _without_debug(arguments.split()) == (debug, rest.split())
 
 
 @pytest.mark.parametrize(
@@ -70,6 +95,10 @@ def test_values_get_their_type(name, value, expected):
         ("epochs", "many"),
         ("amp", "perhaps"),
         ("dataset_dir", "/data/run#3"),
+        ("dataset_dir", "/data/run::3"),
+        ("output_dir", ("run", 1)),
+        ("epochs", 0),
+        ("val_interval", -1),
     ],
 )
 def test_values_that_make_no_sense_name_the_option(name, value):

@@ -263,11 +263,11 @@ def test_nrrd(folders):
 
 
 def test_nrrd_without_its_reader(folders, monkeypatch):
-    monkeypatch.setattr("scripts.evaluation.optional_import", lambda name: (None, False))
+    monkeypatch.setattr("scripts.data.volumes.optional_import", lambda name: (None, False))
     save(folders[0], "a", cube())
     folders[1].mkdir()
     (folders[1] / "a.nrrd").write_bytes(b"NRRD0004")
-    with pytest.raises(ImportError, match="pynrrd"):
+    with pytest.raises(ValueError, match="a: .*pip install pynrrd"):
         evaluate(folders)
 
 

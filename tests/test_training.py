@@ -127,6 +127,33 @@ def test_a_finished_run_is_not_overwritten_unasked(data, tmp_path):
     assert len(rows(folder)) == 1
 
 
+def test_overwrite_deletes_nothing_before_all_is_in_order(data, tmp_path):
+    folder = train(tmp_path, dataset_dir=str(data), epochs=1)
+    before = load_network(folder / "model.pt").state_dict()
+    with pytest.raises(FileNotFoundError):
+        train(tmp_path, dataset_dir=str(tmp_path / "nowhere"), epochs=1, overwrite=True)
+    assert (folder / "model.pt").is_file() and (folder / "last.pt").is_file()
+    options = {"learning_rate": 0.0, "channels": None, "init_checkpoint": str(folder / "model.pt")}
+    train(tmp_path, dataset_dir=str(data), epochs=1, overwrite=True, **options)  # from its own weights
+    after = load_network(folder / "model.pt").state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_resume_keeps_the_split(data, tmp_path):
+    folder = train(tmp_path, dataset_dir=str(data), epochs=1, test_fraction=0.25)
+    split = json.loads((folder / "splits.json").read_text())
+    train(tmp_path, dataset_dir=str(data), epochs=2, resume=True)  # without --test_fraction
+    assert json.loads((folder / "splits.json").read_text()) == split
+
+
+def test_cases_given_directly(data, tmp_path):
+    images = sorted((data / "Dataset900_Synthetic000" / "imagesTr").iterdir())
+    pairs = [{"image": str(p), "label": str(p).replace("imagesTr", "labelsTr").replace("_0000", "")} for p in images]
+    options = {"train#dataset#data": pairs[:6], "validate#dataset#data": pairs[6:], "train#trainer#max_epochs": 1}
+    folder = train(tmp_path, **options)  # as MONAI Label's training task does
+    assert len(rows(folder)) == 1 and not (folder / "splits.json").exists() and not (tmp_path / "cohorts").exists()
+
+
 def test_nothing_to_resume(data, tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         train(tmp_path, dataset_dir=str(data), resume=True)
@@ -140,10 +167,11 @@ def test_resume_with_another_learning_rate_scales_the_schedule(data, tmp_path):
     assert read_checkpoint(folder / "last.pt")["lr_scheduler"]["min_lrs"] == pytest.approx([5e-6])
 
 
-def test_resume_refuses_another_epoch_length(data, tmp_path):
+def test_resume_refuses_what_would_make_it_another_run(data, tmp_path):
     train(tmp_path, dataset_dir=str(data), epochs=1)
-    with pytest.raises(ValueError, match="--groups_per_epoch"):
-        train(tmp_path, dataset_dir=str(data), epochs=2, groups_per_epoch=3, resume=True)
+    for other in ({"groups_per_epoch": 3}, {"seed": 5}, {"spatial_size": 24}):
+        with pytest.raises(ValueError, match=f"--{next(iter(other))} .*: keep that when resuming"):
+            train(tmp_path, dataset_dir=str(data), epochs=2, resume=True, **other)
 
 
 def test_stage_two_goes_on_from_stage_one(finished, data, tmp_path):

@@ -37,7 +37,7 @@ class Collection:
         channel: image channel.
         val_fraction: part of each dataset's cases for validation, at least one case.
         test_fraction: part that is used for neither training nor validation.
-        sample_rate: part of each dataset's training cases that is used.
+        sample_rate: part of each dataset's training cases that is used; a split file has its own say.
         split_file: split of an earlier run to repeat.
         skip_bad_cases: leave faulty cases out instead of raising.
         synthetic: ``write_cohorts`` arguments for the synthetic cohorts.
@@ -95,7 +95,6 @@ class Collection:
             found = [case for dataset in find_datasets(folder, self.datasets) for case in dataset.cases(self.channel)]
             good = sound_cases(inspect_cases(found, self.record, self.num_workers), self.skip_bad_cases)
             self._parts = read_split(self.split_file, good) if self.split_file else self._split(good)
-            self._parts["train"] = self._sample(self._parts["train"])
         return self._parts
 
     def write_split(self, path: str | Path) -> None:
@@ -136,18 +135,16 @@ class Collection:
                 )
             parts["val"] += order[:num_val]
             parts["test"] += order[num_val : num_val + num_test]
-            parts["train"] += order[num_val + num_test :]
+            training = order[num_val + num_test :]
+            parts["train"] += training[: max(1, round(self.sample_rate * len(training)))]
+        for part in parts.values():  # in the order of a split that is read back, so that the same groups are drawn
+            part.sort(key=lambda case: (case["dataset"], case["case"]))
         return parts
 
-    def _sample(self, cases: Sequence[Case]) -> list[Case]:
-        by_dataset = defaultdict(list)
-        for case in cases:
-            by_dataset[case["dataset"]].append(case)
-        kept = []
-        for name, members in by_dataset.items():
-            order = np.random.default_rng([self.seed, 1, *name.encode()]).permutation(len(members))
-            kept += [members[i] for i in sorted(order[: max(1, round(self.sample_rate * len(members)))])]
-        return kept
+    @property
+    def is_read(self) -> bool:
+        """Whether the cases have been found; not if a run was given its cases directly."""
+        return self._parts is not None
 
 
 class CaseList(Sequence[Case]):

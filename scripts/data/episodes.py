@@ -35,7 +35,8 @@ class EpisodeDataset(Dataset):
     the training part, and a group's number alone decides what it is, so that two runs compare.
 
     Args:
-        data: case dicts of this part (``image``, ``label``; ``dataset`` and ``classes`` where known).
+        data: case dicts of this part (``image``, ``label``; ``dataset`` and ``classes`` where known). ``prepared``
+            is made from the same lists; this is where MONAI's apps put theirs.
         prepared: the preprocessed cases of all parts.
         part: ``train`` or ``val``.
         context_size: L, or (low, high) drawn once per epoch from the seed, the same on every rank.
@@ -134,10 +135,10 @@ class EpisodeDataset(Dataset):
         """Group ``number`` as tensors."""
         members, values, names = self.draw(number)
         pairs = [self.prepared.load(case) for case in members]
-        wanted = torch.tensor(sorted(values))
+        wanted = torch.tensor(sorted(values), dtype=torch.int32)  # a case may be cached as uint8
         return {
             "image": torch.stack([image for image, _ in pairs]),
-            "label": torch.stack([torch.isin(label, wanted.to(label.dtype)).float() for _, label in pairs]),
+            "label": torch.stack([torch.isin(label.int(), wanted).float() for _, label in pairs]),
             "dataset": members[0]["dataset"],
             "classes": names,
             "cases": " ".join(str(case["case"]) for case in members),

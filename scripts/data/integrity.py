@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,16 +18,16 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from monai.data import MetaTensor
 from tqdm import tqdm
 
 from scripts.atomic import write_json
 from scripts.data.nnunet import Case, DatasetError
-from scripts.data.volumes import volume_reader
+from scripts.data.volumes import AFFINE_TOLERANCE_MM, VolumeError, load_volume, volume_digest
 
 logger = logging.getLogger(__name__)
 
-_AFFINE_TOLERANCE_MM = 1e-2
-_VERSION = 1
+_VERSION = 2
 _MISSING = "missing|"
 _FACTS = ("digest", "image_digest", "extent_mm", "voxel_mm", "values", "problems")
 
@@ -42,7 +41,7 @@ def inspect_cases(cases: Sequence[Case], record: str | Path | None = None, worke
         workers: threads that read.
 
     Returns:
-        The cases with ``digest`` and ``image_digest`` (SHA-256 of both files' and of the image's bytes),
+        The cases with ``digest`` and ``image_digest`` (SHA-256 of both volumes and of the image),
         ``extent_mm`` and ``voxel_mm`` (size of the foreground box and of a voxel along R, A, S), ``values``
         (label value -> voxels) and ``problems`` (one text each, empty for a sound case) added.
     """
@@ -59,7 +58,7 @@ def inspect_cases(cases: Sequence[Case], record: str | Path | None = None, worke
     inspected = [case | known[key] for case, key in zip(cases, keys, strict=True)]
     for case in inspected:
         case["values"] = {int(value): count for value, count in case["values"].items()}
-        case["problems"] = list(case["problems"])
+        case["problems"] = [*case.get("folder_problems", ()), *case["problems"]]
     _mark_unknown_values(inspected)
     _mark_duplicates(inspected)
     return inspected
@@ -102,15 +101,15 @@ def _inspect(case: Case) -> dict[str, Any]:
     answer = _read(case[answer_kind], answer_kind, problems) if answer_kind else None
     if image is None:
         return found
-    voxels, affine = image
+    voxels, affine = image[0].numpy(), np.asarray(image.affine, dtype=float)
     if not np.isfinite(voxels).all():
         problems.append("image holds NaN or infinite voxels")
     foreground = voxels > voxels.min()
     if answer is not None:
-        answer_voxels, answer_affine = answer
+        answer_voxels, answer_affine = answer[0].numpy(), np.asarray(answer.affine, dtype=float)
         if answer_voxels.shape != voxels.shape:
             problems.append(f"image and {answer_kind} differ in shape: {voxels.shape} and {answer_voxels.shape}")
-        elif not np.allclose(affine, answer_affine, atol=_AFFINE_TOLERANCE_MM):
+        elif not np.allclose(affine, answer_affine, atol=AFFINE_TOLERANCE_MM):
             problems.append(f"image and {answer_kind} differ in affine")
         else:
             foreground |= answer_voxels > (0 if answer_kind == "label" else answer_voxels.min())
@@ -125,8 +124,8 @@ def _inspect(case: Case) -> dict[str, Any]:
             problems.append("output holds NaN or infinite voxels")
     if problems:
         return found
-    found["image_digest"] = file_digest(case["image"])
-    answer_digest = file_digest(case[answer_kind]) if answer_kind else ""
+    found["image_digest"] = volume_digest(image)
+    answer_digest = volume_digest(answer) if answer is not None else ""
     found["digest"] = hashlib.sha256(f"{found['image_digest']}{answer_digest}".encode()).hexdigest()
     return found | box_and_voxel(foreground, affine)
 
@@ -158,38 +157,15 @@ def _answer_kind(case: Case) -> str | None:
     return next((kind for kind in ("label", "output") if kind in case), None)
 
 
-def _read(path: str | None, what: str, problems: list[str]) -> tuple[np.ndarray, np.ndarray] | None:
+def _read(path: str | None, what: str, problems: list[str]) -> MetaTensor | None:
     if path is None or not Path(path).is_file():
         problems.append(f"{what} file is missing")
         return None
     try:
-        volume = volume_reader(path)(path)
-    except Exception as error:  # nibabel, gzip and zlib each raise their own on damaged files
-        problems.append(f"{what} {Path(path).name} cannot be read ({_short(error, path)})")
+        return load_volume(path)
+    except VolumeError as error:
+        problems.append(f"{what} {Path(path).name} {error.reason}")
         return None
-    if volume.ndim != 4 or volume.shape[0] != 1:
-        shape = (*volume.shape[1:], volume.shape[0])
-        problems.append(f"{what} must be one 3D volume, got shape {shape}")
-        return None
-    affine = np.asarray(volume.affine, dtype=float)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        problems.append(f"{what} has a singular affine")
-        return None
-    return volume[0].numpy(), affine
-
-
-def _short(error: BaseException, path: str) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = re.sub(r"^[\w.]+: ", "", lines[-1]) if lines else type(error).__name__
-    return reason.replace(str(path), Path(path).name)[:120]
-
-
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, to recognise the same image under another name."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _mark_unknown_values(cases: Sequence[Case]) -> None:

@@ -73,10 +73,12 @@ class NnunetDataset:
         return cls(root, classes, known)
 
     def cases(self, channel: int = 0) -> list[Case]:
-        """Every training case with this image channel, sorted by name; ``label`` is None where it is missing.
+        """Every training case with this image channel, sorted by name; what is missing is None.
+
+        ``folder_problems`` says what is wrong with a case already by the look of the folder.
 
         Raises:
-            DatasetError: a case exists twice, a label has no image, or no image has this channel.
+            DatasetError: no image has this channel.
         """
         images, labels = defaultdict(list), defaultdict(list)
         channels = set()
@@ -93,18 +95,17 @@ class NnunetDataset:
             raise DatasetError(
                 f"{self.root / 'imagesTr'} has no files of channel {channel:04d} (channels there: {sorted(channels)})"
             )
-        twice = [name for name in images if len(images[name]) > 1 or len(labels[name]) > 1]
-        orphans = sorted(set(labels) - set(images))
-        faults = [f"{name}: more than one file for the case" for name in sorted(twice)]
-        if not channel:  # another channel may well be missing in some cases
-            faults += [f"{name}: label without image" for name in orphans if labels[name]]
-        if faults:
-            raise DatasetError(f"{self.name}: " + "; ".join(faults))
+        if not channel:  # a label without image; of another channel there may well be fewer images
+            for name in labels:
+                images.setdefault(name, [])
         return [
             {
-                "image": str(images[name][0]),
-                "label": str(labels[name][0]) if labels[name] else None,
+                "image": str(images[name][0]) if images[name] else None,
+                "label": str(labels[name][0]) if name in labels else None,
                 "case": name,
+                "folder_problems": ["more than one file for the case"]
+                if max(len(images[name]), len(labels.get(name, []))) > 1
+                else [],
                 "dataset": self.name,
                 "classes": {k: list(v) for k, v in self.classes.items()},
                 "known_values": sorted(self.known_values) if self.known_values is not None else None,

@@ -29,13 +29,13 @@ from monai.transforms.utils_pytorch_numpy_unification import percentile
 from torch import Tensor
 
 from scripts.data.nnunet import Case
-from scripts.data.volumes import VolumeError, volume_reader
+from scripts.data.volumes import load_volume
 
 PERCENTILES = (0.5, 99.5)
 """Intensities are clipped to these percentiles of a case, as in the published recipe."""
 
 _KEYS = ("image", "label")
-_RAS = (("L", "R"), ("P", "A"), ("I", "S"))
+RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
 class ForegroundMask(MapTransform):
@@ -70,7 +70,7 @@ class Preprocessing:
             raise ValueError(f"need three sizes and a positive spacing, got {spatial_size} and {spacing_mm} mm")
         self._geometry = Compose(
             [
-                Orientationd(_KEYS, axcodes="RAS", labels=_RAS, allow_missing_keys=True),
+                Orientationd(_KEYS, axcodes="RAS", labels=RAS_LABELS, allow_missing_keys=True),
                 ForegroundMask(),
                 CropForegroundd(_KEYS, "foreground", allow_smaller=True, allow_missing_keys=True),
                 DeleteItemsd("foreground"),
@@ -173,21 +173,6 @@ class LoadPair(Transform):
         image, label = (load_volume(case[key]) for key in _KEYS)
         image, label = self.preprocessing.pair(image, label)
         return {"image": image, "label": label}
-
-
-def load_volume(path: str) -> MetaTensor:
-    """``(1, H, W, D)`` float32 with the file's affine.
-
-    Raises:
-        VolumeError: unreadable or not one 3D volume.
-    """
-    try:
-        volume = volume_reader(path)(path)
-    except Exception as error:  # nibabel, gzip and zlib each raise their own on damaged files
-        raise VolumeError(f"cannot read {path}: missing, truncated or not an image") from error
-    if volume.ndim != 4 or volume.shape[0] != 1:
-        raise VolumeError(f"{path} must be one 3D volume, got shape {(*volume.shape[1:], volume.shape[0])}")
-    return volume
 
 
 def fit_spacing(cases: Sequence[Case], spatial_size: Sequence[int]) -> float:

@@ -137,6 +137,10 @@ class Neuroverse3D(nn.Module):
         size = (spatial_size,) * 3 if isinstance(spatial_size, int) else tuple(spatial_size)
         if len(size) != 3 or min(size) < 1:
             raise ValueError(f"spatial_size must be one or three positive numbers of voxels, got {spatial_size}")
+        if any(n % self.divisor for n in size):
+            raise ValueError(
+                f"spatial_size must be divisible by {self.divisor} for {len(self.channels)} stages, got {spatial_size}"
+            )
         self.register_buffer("grid", torch.tensor(size, dtype=torch.int64))
 
     @property
@@ -173,6 +177,7 @@ class Neuroverse3D(nn.Module):
 
         target_maps = self.target_encoder(target_in)
         with_grad = torch.is_grad_enabled()
+        halves: list[Tensor] = []
         features: list[Tensor] = []
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
@@ -182,7 +187,9 @@ class Neuroverse3D(nn.Module):
                     x[:, piece].to(target_in.device, target_in.dtype, non_blocking=True)
                     for x in (context_in, context_out)
                 )
-                means = self.context_unet(images, labels, self.context_unet.target_halves(target_maps))
+                if not halves or (with_grad and last):  # once for all, and once more where gradients are recorded
+                    halves = self.context_unet.target_halves(target_maps)
+                means = self.context_unet(images, labels, halves)
                 if with_grad and last:
                     means = [_scale_gradient(mean, len(parts)) for mean in means]
                 share = len(part) / length

@@ -105,16 +105,16 @@ FAULTS = {
     ),
     "4D image": (
         lambda r, n: rewrite(image(r, n), lambda v, a: (np.stack([v, v], -1), a)),
-        r"image must be one 3D volume, got shape \(16, 16, 16, 2\)",
+        r"image \S+ must be one 3D volume, got shape \(16, 16, 16, 2\)",
     ),
-    "2D image": (lambda r, n: rewrite(image(r, n), lambda v, a: (v[:, :, 0], a)), "image must be one 3D volume"),
+    "2D image": (lambda r, n: rewrite(image(r, n), lambda v, a: (v[:, :, 0], a)), r"image \S+ must be one 3D volume"),
     "NaN image": (lambda r, n: rewrite(image(r, n), set_voxel(np.nan, np.float32)), "image holds NaN or infinite"),
     "infinite image": (lambda r, n: rewrite(image(r, n), set_voxel(np.inf, np.float32)), "image holds NaN or infinite"),
     "unknown value": (
         lambda r, n: rewrite(label(r, n), set_voxel(7, np.uint8)),
         r"label values \[7\] are not in dataset\.json",
     ),
-    "flat affine": (lambda r, n: flatten_affine(image(r, n)), "image has a singular affine"),
+    "flat affine": (lambda r, n: flatten_affine(image(r, n)), r"image \S+ has a singular affine"),
 }
 
 
@@ -240,7 +240,7 @@ def test_pairs_of_images(translations):
         (set_voxel(np.nan, np.float32), "output holds NaN"),
         (lambda v, a: (v[1:], a), "image and output differ in shape"),
         (shifted, "image and output differ in affine"),
-        (lambda v, a: (v[..., None].repeat(2, -1), a), "output must be one 3D volume"),
+        (lambda v, a: (v[..., None].repeat(2, -1), a), r"output \S+ must be one 3D volume"),
     ],
 )
 def test_faulty_outputs(translations, change, text):
@@ -256,12 +256,12 @@ def refuse_reading(monkeypatch):
     def refuse(path):
         raise AssertionError(f"{path} was read again")
 
-    monkeypatch.setattr(integrity, "volume_reader", refuse)
+    monkeypatch.setattr(integrity, "load_volume", refuse)
 
 
 def count_reads(monkeypatch):
-    read, reader = [], integrity.volume_reader
-    monkeypatch.setattr(integrity, "volume_reader", lambda path: read.append(os.path.basename(path)) or reader(path))
+    read, reader = [], integrity.load_volume
+    monkeypatch.setattr(integrity, "load_volume", lambda path: read.append(os.path.basename(path)) or reader(path))
     return read
 
 

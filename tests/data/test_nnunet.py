@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from scripts.data import DatasetError, find_datasets, find_targets
+from scripts.data.integrity import inspect_cases, sound_cases
 
 LABELS = {"background": 0, "first": 1, "second": 2}
 
@@ -109,6 +110,7 @@ def test_cases_are_sorted_and_carry_what_is_known(dataset):
         "label": str(dataset / "labelsTr" / "a.nii.gz"),
         "case": "a",
         "dataset": "Dataset001_Blobs",
+        "folder_problems": [],
         "classes": {"first": [1], "second": [2]},
         "known_values": [0, 1, 2],
     }
@@ -137,16 +139,20 @@ def test_missing_label_is_none(copied):
 
 
 @pytest.mark.parametrize("doubled", ["imagesTr/a_0000.nii", "labelsTr/a.nrrd"])
-def test_two_files_for_one_case_are_refused(copied, doubled):
+def test_two_files_for_one_case_are_a_problem(copied, doubled):
     (copied / doubled).write_bytes(b"")
-    with pytest.raises(DatasetError, match=r"Dataset001_Blobs: a: more than one file"):
-        only_dataset(copied).cases()
+    problems = {case["case"]: case["folder_problems"] for case in only_dataset(copied).cases()}
+    assert problems == {"a": ["more than one file for the case"], "b": []}
 
 
-def test_every_label_without_image_is_named(copied):
+def test_labels_without_image_are_cases_that_miss_it(copied):
     touch(copied / "labelsTr", "x.nii.gz", "y.nii.gz")
-    with pytest.raises(DatasetError, match="x: label without image; y: label without image"):
-        only_dataset(copied).cases()
+    cases = only_dataset(copied).cases()
+    assert {case["case"] for case in cases if case["image"] is None} == {"x", "y"}
+    both = r"2 of 4 cases(.|\n)*x: image file is missing(.|\n)*y: image file is missing"
+    with pytest.raises(DatasetError, match=both):
+        sound_cases(inspect_cases(cases))
+    assert len(sound_cases(inspect_cases(cases), skip_bad_cases=True)) == 2
 
 
 def test_other_files_are_passed_over(copied):

@@ -129,7 +129,7 @@ def test_structures_stand_out_from_what_surrounds_them(cohorts):
                 contrasts.append((image[mask].mean() - image[near & (label == 0)].median()).abs())
     contrasts = torch.stack(contrasts)
     assert contrasts.median() > 0.15
-    assert (contrasts > 0.05).float().mean() > 0.9  # a neighbouring distractor may look alike
+    assert (contrasts > 0.05).float().mean() > 0.85  # a neighbouring distractor may look alike
 
 
 def test_subjects_differ_but_correspond(cohorts):

@@ -51,7 +51,7 @@ MIN_CONTRAST = 0.15
 INTENSITY_SCALE = 1000
 """Value in the written int16 images that stands for the intensity 1."""
 
-_LABEL_FRACTION = (0.01, 0.06)  # share of the voxels that a structure has in the anatomy
+_LABEL_FRACTION = (0.02, 0.1)  # share of the voxels that a structure has in the anatomy
 _SUBJECT_CONTRAST = 0.025  # how far a tissue's mean may lie from the cohort's, either way
 _ROTATION_DEGREES = 15.0
 _SCALE = 0.1

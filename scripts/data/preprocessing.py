@@ -149,7 +149,7 @@ class Preprocessing:
 
         Args:
             scores: ``(K, h, w, d)`` on the voxels of ``target``.
-            target: from :meth:`target`.
+            target: from :meth:`target` of this very object.
 
         Returns:
             ``(K, H, W, D)``, trilinearly resampled, 0 outside the foreground box, with the source's affine.

@@ -17,6 +17,7 @@ lint: $(VENV)/.ready-dev
 
 bench: $(VENV)/.ready
 	$(RUN) -m benchmarks.flat_memory
+	$(RUN) -m benchmarks.pass_memory
 
 clean:
 	rm -rf $(VENV) demo_output .pytest_cache .ruff_cache

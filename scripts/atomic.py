@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Writing files and folders whole or not at all."""
 
 from __future__ import annotations
 
@@ -46,6 +46,28 @@ def write_text(text: str, path: str | os.PathLike) -> None:
 def write_json(content: Any, path: str | os.PathLike) -> None:
     """Write JSON; NaN is refused."""
     write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", path)
+
+
+def put_folder_in_place(made: Path, folder: Path, aside: Path) -> None:
+    """Rename a complete folder to its place; what is there goes aside, and comes back if that fails.
+
+    Args:
+        made: the complete folder, on the file system of ``folder``.
+        folder: its place; what is there may be a folder or nothing.
+        aside: free path on the same file system; removing it is up to the caller.
+
+    Raises:
+        OSError: a rename fails; ``folder`` is as it was.
+    """
+    if not folder.exists():
+        made.rename(folder)
+        return
+    folder.rename(aside)
+    try:
+        made.rename(folder)
+    except BaseException:
+        aside.rename(folder)
+        raise
 
 
 class AtomicNibabelWriter(NibabelWriter):

@@ -61,9 +61,12 @@ class Evaluation:
         seed: of the bootstrap.
         overwrite: replace an earlier evaluation in ``output_dir``.
         progress: show a progress bar over the cases.
+        prediction_channel: read only the files ``CASE_000k`` of this channel k from ``prediction_dir``, as in an
+            nnU-Net ``imagesTr``; the suffix is no part of the case's name then.
+        reference_channel: the same for ``reference_dir``.
 
     Raises:
-        ValueError: an unknown task, or labels that are not positive integers.
+        ValueError: an unknown task, labels that are not positive integers, or a channel that is none.
     """
 
     def __init__(
@@ -77,6 +80,8 @@ class Evaluation:
         seed: int = 0,
         overwrite: bool = False,
         progress: bool = True,
+        prediction_channel: int | None = None,
+        reference_channel: int | None = None,
     ) -> None:
         if task not in METRICS:
             raise ValueError(f"task is {task!r}: give one of {', '.join(METRICS)}")
@@ -88,6 +93,10 @@ class Evaluation:
             raise ValueError(f"labels is {labels}: give positive integers, or leave it out to score every label found")
         self.num_bootstrap, self.seed = int(num_bootstrap), int(seed)
         self.overwrite, self.progress = overwrite, progress
+        self.prediction_channel, self.reference_channel = prediction_channel, reference_channel
+        for name, channel in (("prediction_channel", prediction_channel), ("reference_channel", reference_channel)):
+            if channel is not None and channel not in range(10000):
+                raise ValueError(f"{name} is {channel!r}: give the number k of CASE_000k, or leave it out")
 
     def run(self) -> dict[str, Any]:
         """Check all files, score all cases, write both files and print the table.
@@ -133,11 +142,12 @@ class Evaluation:
 
         Every file is read once here, so that a fault is known before hours of scoring.
         """
-        predictions, references = _files_by_case(self.prediction_dir), _files_by_case(self.reference_dir)
+        predictions = _files_by_case(self.prediction_dir, self.prediction_channel)
+        references = _files_by_case(self.reference_dir, self.reference_channel)
         if not predictions:
             raise FileNotFoundError(
-                f"no predictions ({', '.join(ENDINGS)}) in {self.prediction_dir}: give --prediction_dir the folder "
-                "that inference wrote to"
+                f"no predictions{_of_channel(self.prediction_channel)} ({', '.join(ENDINGS)}) in "
+                f"{self.prediction_dir}: give --prediction_dir the folder that inference wrote to"
             )
         pairs: dict[str, tuple[Path, Path]] = {}
         faults: list[str] = []
@@ -147,7 +157,7 @@ class Evaluation:
             if len(paths) > 1 or len(matches) > 1:
                 faults.append(f"{case}: several files ({', '.join(p.name for p in paths + matches)})")
             elif not matches:
-                faults.append(f"{case}: no reference in {self.reference_dir}")
+                faults.append(f"{case}: no reference{_of_channel(self.reference_channel)} in {self.reference_dir}")
             else:
                 pairs[case] = (paths[0], matches[0])
                 try:
@@ -163,7 +173,7 @@ class Evaluation:
         return pairs, self.labels or sorted(found), unused
 
     def _references_of(self, case: str, references: dict[str, list[Path]]) -> list[Path]:
-        if case in references or self.task != "generation":
+        if case in references or self.task != "generation" or self.reference_channel is not None:
             return references.get(case, [])
         channel = re.compile(re.escape(case) + r"_\d{4}")
         return [path for name, paths in references.items() if channel.fullmatch(name) for path in paths]
@@ -272,15 +282,20 @@ def generation_metrics(prediction: np.ndarray, reference: np.ndarray) -> dict[st
     return {"psnr_db": psnr_db if np.isfinite(psnr_db) else np.nan, "ssim": ssim, "mae": mae}
 
 
-def _files_by_case(folder: Path) -> dict[str, list[Path]]:
+def _files_by_case(folder: Path, channel: int | None = None) -> dict[str, list[Path]]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: give --prediction_dir and --reference_dir existing folders")
+    suffix = "" if channel is None else f"_{channel:04d}"
     files = defaultdict(list)
     for path in sorted(folder.iterdir()):
         name = strip_ending(path)
-        if name and path.is_file():
-            files[name].append(path)
+        if name and name.endswith(suffix) and name != suffix and path.is_file():
+            files[name.removesuffix(suffix)].append(path)
     return dict(files)
+
+
+def _of_channel(channel: int | None) -> str:
+    return "" if channel is None else f" of channel {channel:04d}"
 
 
 def _labels_in(volume: np.ndarray) -> set[int]:

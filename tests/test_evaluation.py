@@ -6,6 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigWorkflow
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 
 from scripts.evaluation import Evaluation, generation_metrics, segmentation_metrics
@@ -378,3 +379,92 @@ def test_constant_volumes_give_null_in_the_summary(folders):
     assert summary["mean"]["psnr_db"]["mean"] is None and summary["mean"]["psnr_undefined"] == 1
     assert "NaN" not in (folders[2] / "summary.json").read_text()
     assert table(folders)[0] == {"case": "a", "psnr_db": "", "ssim": "", "mae": "1.0"}
+
+
+# --- one channel of an nnU-Net folder
+
+
+@pytest.fixture
+def two_channels(folders):
+    """imagesTr of three cases: channel 1 is clean, channel 0 is off by 0.1, 0.2 and 0.3."""
+    rng = np.random.default_rng(0)
+    images = folders[0].parent / "Dataset500_Test" / "imagesTr"
+    for i in range(3):
+        clean = rng.random((8, 8, 8)).astype(np.float32)
+        save(images, f"case{i}_0000", clean + 0.1 * (i + 1))
+        save(images, f"case{i}_0001", clean)
+    return images
+
+
+def test_one_channel_against_another(folders, two_channels):
+    options = {"task": "generation", "prediction_channel": 0, "reference_channel": 1}
+    summary = evaluate((two_channels, two_channels, folders[2]), **options)
+    rows = table(folders)
+    assert [row["case"] for row in rows] == ["case0", "case1", "case2"]
+    assert [float(row["mae"]) for row in rows] == pytest.approx([0.1, 0.2, 0.3], abs=1e-5)
+    assert summary["references_without_prediction"] == []
+
+
+def test_a_reference_channel_settles_which_reference(folders, two_channels):
+    save(folders[0], "case1", nib.load(two_channels / "case1_0001.nii.gz").get_fdata())
+    where = (folders[0], two_channels, folders[2])
+    with pytest.raises(ValueError, match="case1: several files"):
+        evaluate(where, task="generation")
+    summary = evaluate(where, task="generation", reference_channel=1)
+    assert summary["mean"]["mae"]["mean"] == 0
+    assert summary["references_without_prediction"] == ["case0", "case2"]
+
+
+def test_with_a_channel_only_its_files_count(folders, two_channels):
+    save(two_channels, "case3", np.ones((8, 8, 8), np.float32))
+    save(two_channels, "_0001", np.ones((8, 8, 8), np.float32))
+    summary = evaluate(
+        (two_channels, two_channels, folders[2]), task="generation", prediction_channel=1, reference_channel=1
+    )
+    assert summary["num_cases"] == 3
+
+
+def test_channels_of_segmentations(folders):
+    save(folders[0], "a_0002", cube())
+    save(folders[1], "a", cube())
+    with pytest.raises(ValueError, match="a_0002: no reference in"):
+        evaluate(folders)
+    assert evaluate(folders, prediction_channel=2)["mean"]["dice"]["mean"] == 1
+
+
+def test_a_channel_that_is_not_there_is_named(folders, two_channels):
+    where = (two_channels, two_channels, folders[2])
+    with pytest.raises(FileNotFoundError, match="no predictions of channel 0003"):
+        evaluate(where, task="generation", prediction_channel=3, reference_channel=1)
+    with pytest.raises(ValueError, match="3 of 3 cases.*case0: no reference of channel 0003 in"):
+        evaluate(where, task="generation", prediction_channel=0, reference_channel=3)
+
+
+def test_with_a_channel_a_case_has_exactly_its_name(folders):
+    save(folders[0], "a", cube())
+    save(folders[1], "a_0002_0001", cube())
+    with pytest.raises(ValueError, match="a: no reference of channel 0001"):
+        evaluate(folders, task="generation", reference_channel=1)
+
+
+@pytest.mark.parametrize("name", ["prediction_channel", "reference_channel"])
+@pytest.mark.parametrize("value", [-1, 10000, 0.5, "0000"])
+def test_channels_must_be_channel_numbers(folders, name, value):
+    with pytest.raises(ValueError, match=f"{name} is"):
+        Evaluation(*folders, **{name: value})
+
+
+def test_the_configuration_hands_the_channels_on(folders, two_channels):
+    workflow = ConfigWorkflow(
+        "configs/evaluate.json",
+        workflow_type=None,
+        prediction_dir=str(two_channels),
+        reference_dir=str(two_channels),
+        output_dir=str(folders[2]),
+        task="generation",
+        prediction_channel="0000",
+        reference_channel=1,
+    )
+    workflow.initialize()
+    workflow.run()
+    assert [float(row["mae"]) for row in table(folders)] == pytest.approx([0.1, 0.2, 0.3], abs=1e-5)

@@ -36,6 +36,8 @@ from monai.utils import ensure_tuple_rep
 from torch import Generator, Tensor
 from tqdm import tqdm
 
+from scripts.atomic import put_folder_in_place
+
 MIN_SIZE = 16
 """Fewest voxels along an axis of a grid on which structures still have a shape."""
 
@@ -148,7 +150,7 @@ def write_cohorts(
         with tempfile.TemporaryDirectory(dir=output_dir, prefix=".synthesize-") as staging:
             made = Path(staging) / folder.name
             _write_dataset(made, images, labels, num_labels, spacing_mm, f"synthetic{start_id + i:03d}", (seed, i))
-            _put_in_place(made, folder, Path(staging) / "replaced")
+            put_folder_in_place(made, folder, Path(staging) / "replaced")
     return folders
 
 
@@ -452,16 +454,3 @@ def _write_nifti(path: Path, volume: Tensor, spacing_mm: float) -> None:
     image.set_qform(affine, code="scanner")
     image.header.set_xyzt_units("mm")
     nib.save(image, path)
-
-
-def _put_in_place(made: Path, folder: Path, aside: Path) -> None:
-    """Rename a complete folder to its place; what is there goes aside, and comes back if that fails."""
-    if not folder.exists():
-        made.rename(folder)
-        return
-    folder.rename(aside)
-    try:
-        made.rename(folder)
-    except BaseException:
-        aside.rename(folder)
-        raise

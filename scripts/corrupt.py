@@ -1,0 +1,124 @@
+"""Make test data for a restoration task: clean images -> a dataset of corrupted (0000) and clean (0001) channels.
+
+Command line::
+
+    python -m scripts.corrupt --dataset_dir CLEAN --output_dir DATA/Dataset500_Inpainting --task inpainting
+
+The dataset serves as targets and contexts of ``inference.json`` (``--task generation --channel 0
+--context_label_channel 1``) and as the reference of ``evaluate.json`` (``--reference_channel 1``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from monai.data import MetaTensor
+from tqdm import tqdm
+
+from scripts.atomic import put_folder_in_place, write_json
+from scripts.data.integrity import inspect_cases, sound_cases
+from scripts.data.nnunet import Case, find_targets
+from scripts.data.tasks import Setting, Task, find_task
+from scripts.data.volumes import VolumeError, load_volume
+from scripts.options import flag, normalise
+
+_MARK = "corruption"  # the entry of dataset.json by which a dataset of this program is known
+
+
+def corrupt(
+    dataset_dir: str,
+    output_dir: str,
+    task: str,
+    channel: int = 0,
+    seed: int = 0,
+    skip_bad_cases: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Write every image twice, corrupted and clean, as a two-channel nnU-Net dataset.
+
+    How strong and of which kind the corruption is gets drawn once for the dataset and noted in its dataset.json;
+    noise, field or mask are drawn for each case. Voxels, affine and intensity range are those of the clean image.
+
+    Args:
+        dataset_dir: clean images: an nnU-Net dataset (its imagesTs, else its imagesTr), a folder of images or one file.
+        output_dir: the dataset folder to make, such as DATA/Dataset500_Inpainting; it appears complete or not at all.
+        task: bias_correction, gaussian_denoising, salt_pepper_denoising, inpainting, super_resolution or 2d_to_3d.
+        channel: image channel of an nnU-Net dataset.
+        seed: the same seed gives the same data.
+        skip_bad_cases: go on without faulty images instead of stopping.
+        overwrite: replace a dataset that this program made.
+    """
+    chosen = find_task(task)
+    if chosen.reads != "image":
+        raise ValueError(f"--task {task} needs no corruption: what it is to produce is in the data already")
+    seed = normalise("seed", seed)
+    if seed is None or seed < 0:
+        raise ValueError(f"--seed must be a whole number of at least 0, got {seed}")
+    source, folder = Path(dataset_dir), Path(os.path.abspath(output_dir))
+    _check_place(folder, source, flag(overwrite))
+    cases = sound_cases(inspect_cases(find_targets(source, normalise("channel", channel))), flag(skip_bad_cases))
+    setting = chosen.setting(np.random.default_rng([seed, 0]))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # a hidden sibling: same file system, so that the dataset can be renamed into its place in one step
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".corrupt-") as staging:
+        made = Path(staging) / folder.name
+        _write_dataset(made, cases, chosen, setting, seed)
+        put_folder_in_place(made, folder, Path(staging) / "replaced")
+    print(f"{folder}: {len(cases)} cases, {task} with {setting}")
+
+
+def _check_place(folder: Path, source: Path, overwrite: bool) -> None:
+    if folder.resolve() in (source.resolve(), *source.resolve().parents):
+        raise ValueError(f"--output_dir {folder} holds the clean images: give another folder")
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{folder} exists: give another --output_dir or --overwrite true")
+    try:
+        ours = _MARK in json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise FileExistsError(f"{folder} was not made by scripts.corrupt, so it stays: give another --output_dir")
+
+
+def _write_dataset(folder: Path, cases: Sequence[Case], task: Task, setting: Setting, seed: int) -> None:
+    (folder / "imagesTr").mkdir(parents=True)
+    for case in tqdm(cases, desc=task.name, unit="case"):
+        clean = load_volume(case["image"])
+        low, high = float(clean.min()), float(clean.max())
+        if not low < high:
+            raise VolumeError(case["image"], f"is {low:g} everywhere: there is nothing to restore")
+        rng = np.random.default_rng([seed, *case["case"].encode()])  # does not hang on which other cases there are
+        corrupted, _ = task((clean - low) / (high - low), None, setting, rng)
+        for number, volume in enumerate((corrupted * (high - low) + low, clean)):
+            _write_nifti(volume, clean, folder / "imagesTr" / f"{case['case']}_{number:04d}.nii.gz")
+    description: dict[str, Any] = {
+        "name": folder.name.partition("_")[2] or folder.name,
+        "description": f"Corrupted and clean images for {task.name}",
+        "channel_names": {"0": f"corrupted ({task.name})", "1": "clean"},
+        "labels": {"background": 0},
+        "numTraining": len(cases),
+        "file_ending": ".nii.gz",
+        _MARK: {"task": task.name, "setting": setting, "seed": seed},
+    }
+    write_json(description, folder / "dataset.json")
+
+
+def _write_nifti(volume: Any, source: MetaTensor, path: Path) -> None:
+    image = nib.Nifti1Image(np.asarray(volume[0], dtype=np.float32), np.asarray(source.affine, dtype=float))
+    image.header.set_xyzt_units("mm")
+    nib.save(image, path)
+
+
+if __name__ == "__main__":
+    from scripts.commandline import main
+
+    main(corrupt)

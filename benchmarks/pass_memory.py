@@ -22,9 +22,7 @@ from scripts.losses import SmoothL3L1Loss
 from scripts.networks import Neuroverse3D
 
 
-def measure(
-    spatial_size: int, context_size: int, mini_context_size: int, channels: Sequence[int], train: bool
-) -> None:
+def measure(spatial_size: int, context_size: int, mini_context_size: int, channels: Sequence[int], train: bool) -> None:
     """Run once and print seconds and peak memory as JSON."""
     torch.manual_seed(0)
     network = Neuroverse3D(channels=tuple(channels), spatial_size=spatial_size)

@@ -94,16 +94,7 @@ def context_cases(
     if len(datasets) > 1:
         names = ", ".join(d.name for d in datasets)
         raise DatasetError(f"--context_dir takes one dataset, {context_dir} has {names}")
-    cases = datasets[0].cases(channel)
-    if label_channel is not None:
-        outputs = {case["case"]: case["image"] for case in datasets[0].cases(label_channel)}
-        missing = [case["case"] for case in cases if case["case"] not in outputs]
-        if missing:
-            raise DatasetError(f"{datasets[0].name}: no channel {label_channel:04d} for {', '.join(missing)}")
-        cases = [
-            {"image": c["image"], "output": outputs[c["case"]], "case": c["case"], "dataset": c["dataset"]}
-            for c in cases
-        ]
+    cases = datasets[0].cases(channel, "label" if label_channel is None else label_channel)
     inspected = sound_cases(inspect_cases(cases, record), skip_bad_cases)
     if split_file is None:
         return inspected

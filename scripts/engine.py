@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from monai.engines import SupervisedTrainer
+from ignite.engine import Engine
+from ignite.exceptions import NotComputableError
+from ignite.metrics import Average
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.engines.utils import IterationEvents
 from monai.inferers import SimpleInferer
-from monai.metrics import compute_dice
+from monai.metrics import PSNRMetric, compute_dice
+from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 
 from scripts.data.episodes import as_episode
@@ -45,39 +51,149 @@ def prepare_episode(
     )
 
 
-def episode_dice(output: Mapping[str, Tensor]) -> Tensor:
-    """Mean Dice of an engine output's thresholded prediction; an empty pair of masks counts as 1."""
-    mask = (output["pred"].detach() > MASK_THRESHOLD).float()
-    return compute_dice(mask, output["label"], ignore_empty=False).mean()
+def episode_scores(pred: Tensor, label: Tensor, generation: Tensor) -> dict[str, Tensor | None]:
+    """Mean scores of a batch of episodes, each over the episodes it suits.
+
+    Args:
+        pred: ``(B, K, H, W, D)``.
+        label: the wanted output, the same shape.
+        generation: ``(B,)``, true where the output is an image.
+
+    Returns:
+        ``dice`` of the thresholded predictions (an empty pair of masks counts as 1) and ``psnr`` in dB for outputs
+        in [0, 1]; None where no episode is of that kind.
+    """
+    pred, generation = pred.detach(), generation.to(pred.device)
+    scores: dict[str, Tensor | None] = {"dice": None, "psnr": None}
+    if not generation.all():
+        mask = (pred[~generation] > MASK_THRESHOLD).float()
+        scores["dice"] = compute_dice(mask, label[~generation], ignore_empty=False).mean()
+    if generation.any():
+        scores["psnr"] = PSNRMetric(max_val=1.0)(pred[generation], label[generation]).mean()
+    return scores
 
 
 class GroupTrainer(SupervisedTrainer):
-    """Trainer whose iteration is one batch of groups: every member in turn is the target, one step each.
+    """Trainer whose iteration is one batch of groups: every member in turn is the target, one episode each.
 
-    The engine's output holds the last member's tensors, and ``loss`` and ``dice`` averaged over the members.
+    The optimiser steps after every ``accumulation_steps`` episodes, and after the last one of an epoch. A group's
+    ``loss_weight`` multiplies its loss. Under float16 the gradients are scaled. The engine's output holds the last
+    member's tensors, and ``loss`` (weighted), ``dice`` and ``psnr`` averaged over the members.
+
+    Args:
+        args: as MONAI's trainer takes them.
+        gin: intensity augmentation, called with ``(L+1, 1, H, W, D)`` images on the engine's device and a seed.
+        fp16: scale the gradients, for a network that runs in float16.
+        kwargs: as MONAI's trainer takes them.
     """
 
+    def __init__(
+        self, *args: Any, gin: Callable[[Tensor, int], Tensor] | None = None, fp16: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.gin = gin
+        self.scaler = torch.amp.GradScaler(torch.device(self.state.device).type) if fp16 else None
+        self.steps_now = True
+
     def _iteration(self, engine: SupervisedTrainer, batchdata: dict[str, Any]) -> dict[str, Any]:
-        losses, dices = [], []
-        for target in range(batchdata["image"].shape[1]):
-            output = super()._iteration(engine, {**batchdata, "target": target})
-            losses.append(output["loss"].detach())
-            dices.append(episode_dice(output))
-        output["loss"], output["dice"] = torch.stack(losses).mean(), torch.stack(dices).mean()
+        if self.gin is not None and (batchdata["gin"] >= 0).any():
+            batchdata = {**batchdata, "image": self._augmented(batchdata["image"], batchdata["gin"])}
+        members = batchdata["image"].shape[1]
+        done = (self.state.iteration - 1) % self.state.epoch_length * members
+        self.network.train()
+        outputs = []
+        for target in range(members):
+            first = (done + target) % self.accumulation_steps == 0
+            last = done + target + 1 == self.state.epoch_length * members
+            self.steps_now = last or (done + target + 1) % self.accumulation_steps == 0
+            outputs.append(self._episode({**batchdata, "target": target}, first))
+        output = self.state.output
+        for name in ("loss", "dice", "psnr"):
+            values = [found[name] for found in outputs if found[name] is not None]
+            output[name] = torch.stack(values).mean() if values else None
+        return output
+
+    def _episode(self, batchdata: dict[str, Any], first: bool) -> dict[str, Tensor | None]:
+        """Forward, backward and, where it is due, a step; MONAI's order of events."""
+        inputs, label, args, kwargs = self.prepare_batch(
+            batchdata, self.state.device, self.non_blocking, **self.to_kwargs
+        )
+        if first:
+            self.optimizer.zero_grad(set_to_none=self.optim_set_to_none)
+        output = self.state.output = {Keys.IMAGE: inputs, Keys.LABEL: label}
+        pause = not self.steps_now and hasattr(self.network, "no_sync")  # ranks exchange gradients before steps only
+        with self.network.no_sync() if pause else contextlib.nullcontext():
+            output[Keys.PRED] = self.inferer(inputs, self.network, *args, **kwargs)
+            self.fire_event(IterationEvents.FORWARD_COMPLETED)
+            weight = batchdata["loss_weight"]
+            weighted = {} if (weight == 1).all() else {"group_weight": weight.to(label.device)}  # any loss will do then
+            output[Keys.LOSS] = self.loss_function(output[Keys.PRED], label, **weighted).mean()
+            self.fire_event(IterationEvents.LOSS_COMPLETED)
+            loss = output[Keys.LOSS] / self.accumulation_steps
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        if self.scaler is not None and self.steps_now:
+            self.scaler.unscale_(self.optimizer)
+        self.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        if self.steps_now and self.scaler is None:
+            self.optimizer.step()
+        elif self.steps_now:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.fire_event(IterationEvents.MODEL_COMPLETED)
+        scores = episode_scores(output[Keys.PRED], label, batchdata["generation"])
+        return scores | {"loss": output[Keys.LOSS].detach()}
+
+    def _augmented(self, images: Tensor, seeds: Tensor) -> Tensor:
+        """GIN on the engine's device, group by group; the result goes back to where the images were."""
+        groups = [
+            self.gin(group.to(self.state.device), int(seed)).to(group.device) if seed >= 0 else group
+            for group, seed in zip(images, seeds, strict=True)
+        ]
+        return torch.stack(groups)
+
+
+class EpisodeEvaluator(SupervisedEvaluator):
+    """Evaluator over episodes: its output also has ``dice`` and ``psnr``, as the trainer's."""
+
+    def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict[str, Any]:
+        output = super()._iteration(engine, batchdata)
+        output |= episode_scores(output[Keys.PRED], output[Keys.LABEL], batchdata["generation"])
         return output
 
 
-class EpisodeInferer(SimpleInferer):
-    """Runs the network on an episode, under bfloat16 autocast where asked for, on any device.
+class AverageWhereDefined(Average):
+    """Ignite's average over the iterations whose value is not None; without any there is no metric."""
 
-    MONAI's trainer knows autocast on CUDA only; bfloat16 needs no gradient scaler.
+    def iteration_completed(self, engine: Engine) -> None:
+        """Take an iteration's value."""
+        if self._output_transform(engine.state.output) is not None:
+            super().iteration_completed(engine)
+
+    def completed(self, engine: Engine, name: str) -> None:
+        """Give the epoch's value."""
+        engine.state.metrics.pop(name, None)
+        with contextlib.suppress(NotComputableError):
+            super().completed(engine, name)
+
+
+class EpisodeInferer(SimpleInferer):
+    """Runs the network on an episode, under autocast where asked for, on any device.
+
+    MONAI's trainer knows autocast on CUDA only, and always scales gradients, which bfloat16 does not need.
+
+    Args:
+        amp: run under autocast.
+        amp_dtype: ``"bfloat16"`` or ``"float16"``.
     """
 
-    def __init__(self, amp: bool = False) -> None:
+    def __init__(self, amp: bool = False, amp_dtype: str = "bfloat16") -> None:
         super().__init__()
+        if amp_dtype not in ("bfloat16", "float16"):
+            raise ValueError(f"amp_dtype must be bfloat16 or float16, got {amp_dtype!r}")
         self.amp = bool(amp)
+        self.dtype = getattr(torch, amp_dtype)
 
     def __call__(self, inputs: Tensor, network: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Prediction in float32."""
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp):
+        with torch.autocast(inputs.device.type, self.dtype, enabled=self.amp):
             return network(inputs, *args, **kwargs).float()

@@ -36,8 +36,9 @@ class ClipGradient:
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Clip."""
-        clip_grad_norm_(self.network.parameters(), self.max_norm)
+        """Clip, where gradients are not still being accumulated."""
+        if engine.steps_now:
+            clip_grad_norm_(self.network.parameters(), self.max_norm)
 
 
 class StopOnNan:
@@ -74,7 +75,8 @@ class MetricsFile:
         optimizer: whose learning rate is recorded.
     """
 
-    fields = ("epoch", "train_loss", "train_dice", "val_loss", "val_dice", "learning_rate", "context_size", "seconds")
+    scores = ("train_loss", "train_dice", "train_psnr", "val_loss", "val_dice", "val_psnr")
+    fields = ("epoch", *scores, "learning_rate", "context_size", "seconds")
 
     def __init__(self, path: str | Path, evaluator: Engine, optimizer: torch.optim.Optimizer) -> None:
         self.path = Path(path)
@@ -126,14 +128,16 @@ class MetricsFile:
             "epoch %d/%d: %s, %d s, %s left",
             engine.state.epoch,
             engine.state.max_epochs,
-            ", ".join(f"{name} {row[name]:.4g}" for name in self.fields[1:5] if name in row),
+            ", ".join(f"{name} {row[name]:.4g}" for name in self.scores if name in row),
             row["seconds"],
             _duration(left),
         )
 
 
 class EpisodePictures:
-    """TensorBoard pictures of the last validation episode: target, truth, prediction, first contexts.
+    """TensorBoard pictures of validation: target, truth, prediction, first contexts of an episode.
+
+    One picture for each dataset and task: the first episode of its kind.
 
     Args:
         writer: where they go.
@@ -143,16 +147,23 @@ class EpisodePictures:
     def __init__(self, writer: SummaryWriter, interval: int = 1) -> None:
         self.writer = writer
         self.interval = int(interval)
+        self._drawn: set[str] = set()
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator that runs episodes."""
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+        engine.add_event_handler(Events.EPOCH_STARTED, self._forget)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def _forget(self, engine: Engine) -> None:
+        self._drawn.clear()
 
     def __call__(self, engine: Engine) -> None:
-        """Add a picture."""
-        if self.interval < 1 or engine.state.epoch % self.interval:
-            return
+        """Add a picture, if there is none of this kind yet."""
         batch, output = engine.state.batch, engine.state.output
+        tag = f"validation/{batch['dataset'][0]}/{batch['task'][0]}"
+        if self.interval < 1 or engine.state.epoch % self.interval or tag in self._drawn:
+            return
+        self._drawn.add(tag)
         image, label, context_in, context_out = as_episode(batch, 0)
         figure = episode_figure(
             image[0, 0].cpu(),
@@ -161,9 +172,7 @@ class EpisodePictures:
             context_in[0, :, 0].cpu(),
             context_out[0, :, 0].cpu(),
         )
-        self.writer.add_image(
-            f"validation/{batch['dataset'][0]}", np.asarray(figure), engine.state.epoch, dataformats="HWC"
-        )  # fmt: skip
+        self.writer.add_image(tag, np.asarray(figure), engine.state.epoch, dataformats="HWC")
 
 
 class GroupProgress(ProgressBar):
@@ -172,8 +181,11 @@ class GroupProgress(ProgressBar):
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
         super().attach(
-            engine, output_transform=lambda output: {"loss": output["loss"].item(), "dice": output["dice"].item()}
-        )  # fmt: skip
+            engine,
+            output_transform=lambda output: {
+                name: output[name].item() for name in ("loss", "dice", "psnr") if output[name] is not None
+            },
+        )
 
 
 class BestScore:

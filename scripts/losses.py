@@ -25,11 +25,17 @@ class SmoothL3L1Loss(nn.Module):
         self.beta = float(beta)
         self.weight = float(weight)
 
-    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Two tensors of one shape -> a scalar in the inputs' units of error."""
+    def forward(self, pred: Tensor, target: Tensor, group_weight: Tensor | None = None) -> Tensor:
+        """Two tensors ``(B, ...)`` of one shape -> a scalar in the inputs' units of error.
+
+        ``group_weight`` ``(B,)`` multiplies the error of each batch element.
+        """
         if pred.shape != target.shape:
             raise ValueError(f"prediction and target differ in shape: {tuple(pred.shape)} and {tuple(target.shape)}")
         error = (pred - target).abs()
         cubic = 0.333 * error**3 / self.beta**2
         linear = error + 0.333 * self.beta**3 - self.beta
-        return self.weight * torch.where(error < self.beta, cubic, linear).mean()
+        value = torch.where(error < self.beta, cubic, linear)
+        if group_weight is not None:
+            value = value.flatten(1).mean(1) * group_weight
+        return self.weight * value.mean()

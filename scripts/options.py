@@ -24,7 +24,8 @@ OPTIONS: dict[str, Option] = {
     "output_dir": Option("path", "where results go; training writes OUT/stage1 and OUT/stage2"),
     "cache_dir": Option("path", "preprocessed cases and the integrity record; safe to delete"),
     "datasets": Option("names", "use only these datasets of dataset_dir, by folder name or its Dataset001 part"),
-    "channel": Option("int", "input channel (modality), the number in CASE_0000"),
+    "collection_file": Option("path", "JSON file of rows: dataset, channels, task, classes, weights"),
+    "channel": Option("int", "input channel (modality), the number in CASE_0000; training: None uses every channel"),
     "sample_rate": Option("float", "fraction of each dataset's training cases that is used"),
     "val_fraction": Option("float", "fraction of the cases held out for validation (model selection)"),
     "test_fraction": Option("float", "fraction of the cases kept out of training and validation altogether"),
@@ -57,17 +58,37 @@ OPTIONS: dict[str, Option] = {
     "lr_patience": Option("int", "validations without gain before the learning rate is halved"),
     "grad_clip": Option("float", "gradient norm is clipped to this"),
     "loss_weight": Option("float", "factor on the smooth L3-L1 loss"),
-    "amp": Option("flag", "bfloat16 autocast (meant for GPUs; very slow on CPUs without bfloat16 units)"),
+    "accumulation_steps": Option("count", "episodes whose gradients are added up before an optimiser step"),
+    "amp": Option("flag", "autocast to amp_dtype (meant for GPUs; very slow on CPUs without bfloat16 units)"),
+    "amp_dtype": Option("text", "bfloat16, or float16 with scaled gradients for GPUs without bfloat16"),
+    "activation_checkpointing": Option("flag", "recompute activations in the backward pass: less memory, more time"),
+    "compile": Option("flag", "compile the network's parts with torch.compile (needs a C++ compiler)"),
+    "unpair_fraction": Option("float", "last fraction of the epochs in which contexts take each other's labels"),
+    "augment": Option("flag", "augment training groups; the _prob options say how often"),
+    "flip_prob": Option("float", "probability of a flip, for each axis"),
+    "rotate90_prob": Option("float", "probability of a rotation by 90 degrees, for each plane"),
+    "member_rotate90_prob": Option("float", "probability of independent 90 degree rotations of the members"),
+    "low_resolution_prob": Option("float", "probability of a loss of resolution along one axis"),
+    "shift_prob": Option("float", "probability of an intensity shift"),
+    "scale_prob": Option("float", "probability of an intensity scaling"),
+    "noise_prob": Option("float", "probability of Gaussian noise"),
+    "elastic_prob": Option("float", "probability of an elastic and affine deformation"),
+    "image_invert_prob": Option("float", "probability of inverted images"),
+    "label_invert_prob": Option("float", "probability of inverted labels (segmentation)"),
+    "sobel_prob": Option("float", "probability of the labels' edges as labels (segmentation)"),
+    "morphology_prob": Option("float", "probability of dilated or eroded labels (segmentation)"),
+    "gin_prob": Option("float", "probability of a random non-linear change of intensities"),
     "early_stop": Option("flag", "stop when the validation loss no longer falls"),
     "early_stop_patience": Option("count", "validations without gain before stopping"),
     "image_interval": Option("int", "epochs between TensorBoard pictures"),
+    "wandb": Option("flag", "also log to Weights & Biases (needs the package wandb)"),
     "resume": Option("flag", "continue the run in the output folder"),
     "overwrite": Option("flag", "replace results that are already there"),
     "seed": Option("int", "seed of everything random"),
     "device": Option("text", "cuda, cuda:1 or cpu"),
     # inference and evaluation
     "context_dir": Option("path", "nnU-Net dataset folder with the example pairs (imagesTr, labelsTr)"),
-    "task": Option("text", "segmentation or generation"),
+    "task": Option("words", "inference: segmentation or generation; training: only these tasks"),
     "labels": Option("ints", "label values to segment; None takes all that the contexts have"),
     "context_label_channel": Option("int", "generation: the contexts' channel that is the wanted output"),
     "context_selection": Option("text", "which contexts when there are more than context_size: random or first"),
@@ -75,6 +96,8 @@ OPTIONS: dict[str, Option] = {
     "overlays": Option("flag", "write a picture per case"),
     "prediction_dir": Option("path", "predictions to score, one file per case"),
     "reference_dir": Option("path", "reference labels (or images), same case names"),
+    "prediction_channel": Option("int", "of prediction_dir read only CASE_000k of this channel k, as in imagesTr"),
+    "reference_channel": Option("int", "of reference_dir read only CASE_000k of this channel k, as in imagesTr"),
     # any
     "help": Option("flag", "list the options"),
     "debug": Option("flag", "full tracebacks"),
@@ -160,6 +183,10 @@ def _count(value: Any) -> int:
     return number
 
 
+def _names(value: Any) -> list[str]:
+    return [str(v) for v in _sequence(value)]
+
+
 def _path(value: Any) -> str:
     if isinstance(value, (list, tuple, dict)):
         raise ValueError("one path is needed; quote it twice if it holds a comma: '\"a,b\"'")
@@ -176,7 +203,8 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "ints": _whole_numbers,
     "grid": _grid,
     "range": _range,
-    "names": lambda value: [str(v) for v in _sequence(value)],
+    "names": _names,
     "path": _path,
     "text": str,
+    "words": lambda value: value if isinstance(value, str) and not set(value) & set("[(,") else _names(value),
 }

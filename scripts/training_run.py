@@ -10,15 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EarlyStopping
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from scripts.atomic import write_text
+from scripts.atomic import write_json, write_text
 from scripts.checkpoint import CheckpointError, atomic_save, read_checkpoint
-from scripts.data import Collection
+from scripts.data import Collection, EpisodeDataset
 from scripts.handlers import BestScore
 from scripts.networks import Neuroverse3D
 
@@ -60,6 +61,13 @@ def clear_folder(folder: str) -> None:
     shutil.rmtree(Path(folder) / "tensorboard", ignore_errors=True)
 
 
+def prepare_in_turn(*datasets: EpisodeDataset) -> None:
+    """Prepare datasets; of several processes the first goes ahead, so that each file is read and made once."""
+    with idist.one_rank_first():
+        for dataset in datasets:
+            dataset.prepare()
+
+
 def earlier_split(folder: str) -> str | None:
     """Split of an earlier stage, if it left one: so that its test cases stay out of this stage as well."""
     path = Path(folder) / SPLIT
@@ -70,7 +78,7 @@ class TrainingRun:
     """Trains into a folder: ``model.pt`` (best on validation), ``last.pt`` (to resume), configuration, split.
 
     ``last.pt`` holds the network, optimiser, scheduler, epoch, random state, best score and early-stop count,
-    and is written whole or not at all after every epoch.
+    and is written whole or not at all after every epoch. Of several processes the first one writes.
 
     Args:
         folder: the run's folder.
@@ -117,6 +125,8 @@ class TrainingRun:
             "best": self.best,
             "random": RandomState(),
         }
+        if trainer.scaler is not None:
+            self.state["scaler"] = trainer.scaler
         if early_stop_patience is not None:
             # Ignite's own handler: MONAI's wrapper has no state to resume from
             stop = EarlyStopping(early_stop_patience, lambda engine: -engine.state.metrics["val_loss"], trainer)
@@ -134,10 +144,12 @@ class TrainingRun:
         """
         if self.resume:
             self._restore(self.folder / LAST)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(json.dumps(config, indent=2, default=str), self.folder / "config.json")
-        if self.collection is not None and self.collection.is_read:
-            self.collection.write_split(self.folder / SPLIT)
+        if idist.get_rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(json.dumps(config, indent=2, default=str), self.folder / "config.json")
+            if self.collection is not None and self.collection.is_read:
+                self.collection.write_split(self.folder / SPLIT)
+                write_json(self.collection.describe(), self.folder / "rows.json")
         logger.info(
             "training %d parameters, channels %s, epochs %d to %d, into %s",
             sum(p.numel() for p in self.network.parameters()),
@@ -152,7 +164,7 @@ class TrainingRun:
 
     def _restore(self, path: Path) -> None:
         content = read_checkpoint(path)
-        needed = set(self.state) - {"early_stopping"} | {"fixed", "learning_rate"}
+        needed = set(self.state) - {"early_stopping", "scaler"} | {"fixed", "learning_rate"}
         missing = needed - set(content) if isinstance(content, dict) else needed
         if missing:
             raise CheckpointError(f"{path} cannot be resumed: it has no {', '.join(sorted(missing))}")
@@ -176,9 +188,12 @@ class TrainingRun:
         logger.info("resuming after epoch %d", self.trainer.state.epoch)
 
     def _save(self, engine: Engine) -> None:
+        writes = idist.get_rank() == 0
         if self.evaluator.state.epoch == engine.state.epoch:  # validated in this epoch
-            if self.best.improves(float(self.evaluator.state.metrics["val_loss"])):
+            if self.best.improves(float(self.evaluator.state.metrics["val_loss"])) and writes:
                 atomic_save(self.network.state_dict(), self.folder / BEST)
+        if not writes:
+            return
         content = {name: part.state_dict() for name, part in self.state.items()}
         content |= {"learning_rate": self.learning_rate, "fixed": self.fixed}
         atomic_save(content, self.folder / LAST)

@@ -49,7 +49,7 @@ def test_published_recipe_is_the_default():
 
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_every_plain_value_at_the_top_is_an_explained_option(name):
-    internal = {"description", "bundle_root", "stage", "initialize", "run", "finalize", "imports"}
+    internal = {"description", "bundle_root", "stage", "rank", "initialize", "run", "finalize", "imports"}
     plain = {
         key
         for key, value in read(name).items()

@@ -11,7 +11,7 @@ from monai.bundle import ConfigWorkflow
 from scripts.checkpoint import load_network, read_checkpoint
 from scripts.commandline import root_cause
 from scripts.data.synthesis import write_cohorts
-from scripts.engine import GroupTrainer, episode_dice, prepare_episode
+from scripts.engine import GroupTrainer, episode_scores, prepare_episode
 
 SMALL = {
     "channels": [4, 8],
@@ -64,7 +64,7 @@ def finished(data, tmp_path_factory):
 
 def test_a_run_leaves_its_files(finished):
     names = {p.name for p in finished.iterdir()}
-    assert names == {"model.pt", "last.pt", "tensorboard", "config.json", "metrics.csv", "splits.json"}
+    assert names == {"model.pt", "last.pt", "tensorboard", "config.json", "metrics.csv", "splits.json", "rows.json"}
     assert [row["epoch"] for row in rows(finished)] == ["1", "2"]
     assert all(0 <= float(row["val_dice"]) <= 1 and float(row["val_loss"]) > 0 for row in rows(finished))
     config = json.loads((finished / "config.json").read_text())
@@ -85,7 +85,7 @@ def test_tensorboard_has_scalars_and_pictures(finished):
     events = EventAccumulator(str(finished / "tensorboard"))
     events.Reload()
     assert {"train_loss", "val_loss", "train_dice", "val_dice"} <= set(events.Tags()["scalars"])
-    assert events.Tags()["images"] == ["validation/Dataset900_Synthetic000"]
+    assert events.Tags()["images"] == ["validation/Dataset900_Synthetic000/segmentation"]
 
 
 def test_same_seed_same_weights_and_another_seed_others(finished, data, tmp_path):
@@ -263,7 +263,14 @@ def test_every_member_in_turn_is_the_target_with_one_step_each():
     trainer = GroupTrainer(
         "cpu",
         1,
-        [{"image": group, "label": (group > 0).float()}],
+        [
+            {
+                "image": group,
+                "label": (group > 0).float(),
+                "loss_weight": torch.ones(1),
+                "generation": torch.tensor([False]),
+            }
+        ],
         network,
         optimizer,
         torch.nn.MSELoss(),
@@ -277,9 +284,14 @@ def test_every_member_in_turn_is_the_target_with_one_step_each():
     assert {size for _, _, size in network.seen} == {2} and len(steps) == 3
 
 
-def test_dice_of_masks():
-    label = torch.zeros(1, 1, 4, 4, 4)
+def test_scores_suit_the_task():
+    label = torch.zeros(2, 1, 4, 4, 4)
     label[..., :2] = 1
-    assert episode_dice({"pred": label, "label": label}) == 1
-    assert episode_dice({"pred": 1 - label, "label": label}) == 0
-    assert episode_dice({"pred": 0 * label, "label": 0 * label}) == 1
+    masks, images = torch.tensor([False, False]), torch.tensor([True, True])
+    assert episode_scores(label, label, masks) == {"dice": 1, "psnr": None}
+    assert episode_scores(1 - label, label, masks)["dice"] == 0
+    assert episode_scores(0 * label, 0 * label, masks)["dice"] == 1
+    found = episode_scores(label + 0.1, label, images)
+    assert found["dice"] is None and found["psnr"] == pytest.approx(20, abs=1e-3)
+    mixed = episode_scores(torch.stack((label[0], label[1] + 0.01)), label, torch.tensor([False, True]))
+    assert mixed["dice"] == 1 and mixed["psnr"] == pytest.approx(40, abs=1e-2)

@@ -1,17 +1,20 @@
 """Files -> cases -> groups; nothing here knows about the network."""
 
-from scripts.data.collection import Collection, PreparedCases
+from scripts.data.augmentation import GroupAugmentation
+from scripts.data.collection import Collection
 from scripts.data.episodes import EpisodeDataset, GroupSampler
 from scripts.data.nnunet import DatasetError, find_datasets, find_targets
+from scripts.data.prepared import PreparedCases
 from scripts.data.preprocessing import Preprocessing
 
 __all__ = [
     "Collection",
     "DatasetError",
     "EpisodeDataset",
+    "GroupAugmentation",
     "GroupSampler",
-    "Preprocessing",
     "PreparedCases",
+    "Preprocessing",
     "find_datasets",
     "find_targets",
 ]

@@ -1,25 +1,24 @@
-"""A collection: datasets on disk (or made up), checked, split by case, and preprocessed once."""
+"""A collection: datasets on disk (or made up), the rows that draw from them, and their split by case."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from monai.data import PersistentDataset
-from torch import Tensor
 
 from scripts.atomic import write_text
 from scripts.data.integrity import inspect_cases, sound_cases
-from scripts.data.nnunet import Case, DatasetError, find_datasets
-from scripts.data.preprocessing import LoadPair, Preprocessing, fit_spacing
+from scripts.data.nnunet import Case, DatasetError, NnunetDataset, find_datasets
+from scripts.data.rows import SYNTHETIC, Row, Source, SourcedRow, default_rows, read_rows, sources_of
 from scripts.data.synthesis import write_cohorts
+from scripts.data.tasks import find_task
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,9 @@ class Collection:
         synthetic_dir: where synthetic cohorts go.
         cache_dir: where the integrity record goes.
         datasets: keep only these datasets.
-        channel: image channel.
+        collection_file: rows that say what is drawn, how often and with what weight; None uses every dataset found.
+        tasks: keep only the rows of these tasks; without a collection file, the tasks to train (None: segmentation).
+        channel: image channel, without a collection file; None uses every channel.
         val_fraction: part of each dataset's cases for validation, at least one case.
         test_fraction: part that is used for neither training nor validation.
         sample_rate: part of each dataset's training cases that is used; a split file has its own say.
@@ -51,7 +52,9 @@ class Collection:
         synthetic_dir: str,
         cache_dir: str,
         datasets: Sequence[str] | None = None,
-        channel: int = 0,
+        collection_file: str | None = None,
+        tasks: Sequence[str] | str | None = None,
+        channel: int | None = None,
         val_fraction: float = 0.1,
         test_fraction: float = 0.0,
         sample_rate: float = 1.0,
@@ -69,6 +72,10 @@ class Collection:
         self.synthetic_dir = synthetic_dir
         self.record = Path(cache_dir) / "integrity.json"
         self.datasets = datasets
+        self.collection_file = collection_file
+        self.tasks = [tasks] if isinstance(tasks, str) else tasks
+        for task in self.tasks or ():
+            find_task(task)
         self.channel = channel
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
@@ -79,6 +86,7 @@ class Collection:
         self.seed = seed
         self.num_workers = num_workers
         self._parts: dict[str, list[Case]] | None = None
+        self._rows: list[SourcedRow] = []
 
     def part(self, name: str) -> CaseList:
         """``train``, ``val`` or ``test``: a sequence of case dicts that is found when first looked at."""
@@ -88,22 +96,70 @@ class Collection:
         """All parts; finds, checks and splits on the first call.
 
         Raises:
-            DatasetError: faulty or too few cases.
+            DatasetError: faulty or too few cases, or a row that fits no dataset.
         """
         if self._parts is None:
-            folder = self.dataset_dir if self.dataset_dir is not None else self._synthesise()
-            found = [case for dataset in find_datasets(folder, self.datasets) for case in dataset.cases(self.channel)]
+            sources = self._find_sources()
+            found = [
+                case | {"source": source.key}
+                for source in sources.values()
+                for case in source.dataset.cases(source.channel, source.answer)
+            ]
             good = sound_cases(inspect_cases(found, self.record, self.num_workers), self.skip_bad_cases)
             self._parts = read_split(self.split_file, good) if self.split_file else self._split(good)
         return self._parts
 
+    def rows(self) -> list[SourcedRow]:
+        """What is drawn from the cases handed out; empty before any were."""
+        return self._rows
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The rows in use, one plain dict each."""
+        return [asdict(sourced.row) | {"sources": list(sourced.sources)} for sourced in self._rows]
+
     def write_split(self, path: str | Path) -> None:
         """Write which case is in which part, as JSON: part -> dataset -> case names."""
-        content = {part: defaultdict(list) for part in PARTS}
+        content: dict[str, dict[str, list[str]]] = {part: {} for part in PARTS}
         for part, cases in self.parts().items():
-            for case in cases:
-                content[part][case["dataset"]].append(case["case"])
+            for dataset, name in sorted({(case["dataset"], case["case"]) for case in cases}):
+                content[part].setdefault(dataset, []).append(name)
         write_text(json.dumps(content, indent=1), path)
+
+    def _find_sources(self) -> dict[str, Source]:
+        """The sources that the rows draw from, by key; notes the rows.
+
+        A row that needs the images alone shares them with one that reads labels, so that they are cached once.
+        """
+        wanted = [(row, sources_of(row, datasets)) for row, datasets in self._find_rows()]
+        every = {source.key: source for _, sources in wanted for source in sources}
+        used: dict[str, Source] = {}
+        for row, sources in wanted:
+            labelled = [replace(source, answer="label") for source in sources]
+            if find_task(row.task).reads == "image":
+                sources = [b if b.key in every else a for a, b in zip(sources, labelled, strict=True)]
+            used |= {source.key: source for source in sources}
+            self._rows.append(SourcedRow(row, tuple(source.key for source in sources)))
+        return used
+
+    def _find_rows(self) -> list[tuple[Row, list[NnunetDataset]]]:
+        if self.collection_file is None:
+            folder = self.dataset_dir if self.dataset_dir is not None else self._synthesise()
+            datasets = find_datasets(folder, self.datasets)
+            by_name = {dataset.name: [dataset] for dataset in datasets}
+            return [(row, by_name[row.dataset]) for row in default_rows(datasets, self.channel, self.tasks)]
+        rows = [row for row in read_rows(self.collection_file) if not self.tasks or row.task in self.tasks]
+        if self.datasets is not None:
+            rows = [row for row in rows if {row.dataset, row.dataset.split("_")[0]} & set(self.datasets)]
+        rows = [row for row in rows if row.draw_weight > 0]
+        if not rows:
+            raise DatasetError(f"{self.collection_file}: no row is left by --task, --datasets and draw_weight")
+        real = {row.dataset for row in rows} - {SYNTHETIC}
+        if real and self.dataset_dir is None:
+            raise DatasetError(f"{self.collection_file} names {', '.join(sorted(real))}: give --dataset_dir")
+        by_name = {name: find_datasets(self.dataset_dir, [name]) for name in sorted(real)}
+        if SYNTHETIC in {row.dataset for row in rows}:
+            by_name[SYNTHETIC] = find_datasets(self._synthesise())
+        return [(row, by_name[row.dataset]) for row in rows]
 
     def _synthesise(self) -> str:
         folder = Path(self.synthetic_dir)
@@ -111,7 +167,7 @@ class Collection:
         settings = json.dumps(self.synthetic, sort_keys=True)
         complete = len(list(folder.glob("Dataset*/dataset.json"))) == self.synthetic["cohorts"]
         if not complete or not made_with.is_file() or made_with.read_text(encoding="utf-8") != settings:
-            logger.info("no dataset_dir given: making synthetic cohorts in %s", folder)
+            logger.info("making synthetic cohorts in %s", folder)
             for old in folder.glob("Dataset*_Synthetic*"):  # those of other settings would be trained on as well
                 shutil.rmtree(old)
             write_cohorts(folder, **self.synthetic)
@@ -119,13 +175,13 @@ class Collection:
         return str(folder)
 
     def _split(self, cases: Sequence[Case]) -> dict[str, list[Case]]:
-        parts: dict[str, list[Case]] = {part: [] for part in PARTS}
-        by_dataset = defaultdict(list)
+        where: dict[tuple[str, str], str] = {}
+        by_dataset = defaultdict(set)
         for case in cases:
-            by_dataset[case["dataset"]].append(case)
+            by_dataset[case["dataset"]].add(case["case"])
         for name, members in by_dataset.items():
             rng = np.random.default_rng([self.seed, *name.encode()])
-            order = [members[i] for i in rng.permutation(len(members))]
+            order = [sorted(members)[i] for i in rng.permutation(len(members))]
             num_val = max(1, round(self.val_fraction * len(order)))
             num_test = round(self.test_fraction * len(order))
             if len(order) <= num_val + num_test:
@@ -133,13 +189,12 @@ class Collection:
                     f"{name}: {len(order)} cases cannot be split into {num_val} for validation, {num_test} for testing "
                     "and the rest for training: add cases or lower --val_fraction or --test_fraction"
                 )
-            parts["val"] += order[:num_val]
-            parts["test"] += order[num_val : num_val + num_test]
             training = order[num_val + num_test :]
-            parts["train"] += training[: max(1, round(self.sample_rate * len(training)))]
-        for part in parts.values():  # in the order of a split that is read back, so that the same groups are drawn
-            part.sort(key=lambda case: (case["dataset"], case["case"]))
-        return parts
+            training = training[: max(1, round(self.sample_rate * len(training)))]
+            where |= {(name, case): "val" for case in order[:num_val]}
+            where |= {(name, case): "test" for case in order[num_val : num_val + num_test]}
+            where |= {(name, case): "train" for case in training}
+        return _by_part(cases, where)
 
     @property
     def is_read(self) -> bool:
@@ -182,12 +237,9 @@ def read_split(path: str | Path, cases: Sequence[Case]) -> dict[str, list[Case]]
         where = {(d, c): part for part, sets in content.items() for d, names in sets.items() for c in names}
     except (ValueError, AttributeError, TypeError) as error:
         raise DatasetError(f"{path} is not a split file: {error}") from error
-    parts: dict[str, list[Case]] = {part: [] for part in PARTS}
-    for case in cases:
-        part = where.get((case["dataset"], case["case"]))
-        if part in parts:
-            parts[part].append(case)
-    unnamed = [f"{case['dataset']}/{case['case']}" for case in cases if (case["dataset"], case["case"]) not in where]
+    parts = _by_part(cases, where)
+    names = [(case["dataset"], case["case"]) for case in cases]
+    unnamed = sorted({f"{dataset}/{case}" for dataset, case in names if (dataset, case) not in where})
     if unnamed:
         logger.warning("%s does not name %d of the cases found; they are not used: %s", path, len(unnamed), unnamed[:5])
     if not any(parts.values()):
@@ -195,88 +247,11 @@ def read_split(path: str | Path, cases: Sequence[Case]) -> dict[str, list[Case]]
     return parts
 
 
-class PreparedCases:
-    """Labelled cases on the network's grid, one spacing per dataset, cached on disk.
-
-    A cached case is keyed by the content of its files and by the preprocessing settings, so a changed file or
-    setting makes a new entry, and a moved dataset keeps its own.
-
-    Args:
-        parts: part name -> case dicts (lazy sequences are fine).
-        spatial_size: the network's grid.
-        spacing: isotropic voxel size in mm; None fits each dataset's largest case into the grid.
-        cache_dir: where the cache goes.
-        skip_bad_cases: leave faulty cases out instead of raising.
-        num_workers: threads that read.
-    """
-
-    def __init__(
-        self,
-        parts: dict[str, Sequence[Case]],
-        spatial_size: Sequence[int],
-        cache_dir: str,
-        spacing: float | None = None,
-        skip_bad_cases: bool = False,
-        num_workers: int = 4,
-    ) -> None:
-        self.sources = parts
-        self.spatial_size = tuple(spatial_size)
-        self.spacing = spacing
-        self.cache_dir = Path(cache_dir)
-        self.skip_bad_cases = skip_bad_cases
-        self.num_workers = num_workers
-        self.cases: dict[str, dict[str, list[Case]]] = {}
-        self.spacing_mm: dict[str, float] = {}
-        self._stores: dict[str, PersistentDataset] = {}
-
-    def prepare(self) -> None:
-        """Check the files and fix each dataset's spacing; images are resampled later, when first drawn.
-
-        Raises:
-            DatasetError: faulty cases.
-        """
-        if self.cases:
-            return
-        everything: dict[str, list[Case]] = defaultdict(list)
-        for part, source in self.sources.items():
-            inspected = inspect_cases(list(source), self.cache_dir / "integrity.json", self.num_workers)
-            grouped: dict[str, list[Case]] = defaultdict(list)
-            for case in sound_cases(inspected, self.skip_bad_cases) if inspected else []:
-                dataset = case.setdefault("dataset", "dataset")
-                case.setdefault("case", str(case["image"]))
-                grouped[dataset].append(case)
-                everything[dataset].append(case)
-            self.cases[part] = dict(grouped)
-        for name, cases in everything.items():
-            fitting = fit_spacing(cases, self.spatial_size)
-            self.spacing_mm[name] = self.spacing or fitting
-            if self.spacing and self.spacing < fitting * 0.999:
-                logger.warning(
-                    "%s: at --spacing %g the largest case is cropped (it fits at %.3g)", name, self.spacing, fitting
-                )
-            preprocessing = Preprocessing(self.spatial_size, self.spacing_mm[name])
-            for index, case in enumerate(cases):
-                case["index"] = index
-            items = [
-                {"image": c["image"], "label": c["label"], "key": f"{c['digest']}-{preprocessing.fingerprint}"}
-                for c in cases
-            ]
-            self._stores[name] = PersistentDataset(items, LoadPair(preprocessing), self.cache_dir, _cache_name)
-            logger.info(
-                "%s: %d cases, %.3g mm voxels on a grid of %s",
-                name, len(cases), self.spacing_mm[name], "x".join(map(str, self.spatial_size)),
-            )  # fmt: skip
-
-    def load(self, case: Case) -> tuple[Tensor, Tensor]:
-        """Image and label of a prepared case, each ``(1, *spatial_size)``, from the cache where possible."""
-        store, index = self._stores[case["dataset"]], case["index"]
-        try:
-            pair = store[index]
-        except (RuntimeError, EOFError, OSError):  # a cached file was cut short (full disk, killed run): make it again
-            (self.cache_dir / f"{_cache_name(store.data[index]).decode()}.pt").unlink(missing_ok=True)
-            pair = store[index]
-        return pair["image"], pair["label"]
-
-
-def _cache_name(item: dict[str, str]) -> bytes:
-    return hashlib.sha256(item["key"].encode()).hexdigest().encode()
+def _by_part(cases: Sequence[Case], where: Mapping[tuple[str, str], str]) -> dict[str, list[Case]]:
+    """Cases by part, in an order that a split read back repeats, so that the same groups are drawn."""
+    parts: dict[str, list[Case]] = {part: [] for part in PARTS}
+    for case in sorted(cases, key=lambda case: (case["dataset"], case["case"], case.get("source", ""))):
+        part = where.get((case["dataset"], case["case"]))
+        if part in parts:
+            parts[part].append(case)
+    return parts

@@ -8,31 +8,60 @@ contexts from the training part, as in use.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
-from scripts.data.collection import PreparedCases
+from scripts.data.augmentation import GroupAugmentation
+from scripts.data.collection import Collection
 from scripts.data.nnunet import Case, DatasetError
+from scripts.data.prepared import PreparedCases
+from scripts.data.rows import Row, SourcedRow
+from scripts.data.tasks import find_task
 
 logger = logging.getLogger(__name__)
 
 _TRIES = 20
 
 
+class Group(NamedTuple):
+    """What a group is made of.
+
+    Attributes:
+        members: case dicts.
+        row: the row it was drawn from.
+        task: name of the task.
+        setting: what the members share: label values, severity of a corruption.
+        classes: names of the classes that are the foreground; empty for tasks that read no labels.
+    """
+
+    members: list[Case]
+    row: Row
+    task: str
+    setting: dict[str, Any]
+    classes: str
+
+
 class EpisodeDataset(Dataset):
     """Groups of cases drawn by number: group k is always the same for the same cases and seed.
 
-    Item k is ``{"image": (L+1, 1, H, W, D), "label": (L+1, 1, H, W, D), "dataset": name, "classes": names,
-    "cases": names}``, images in [0, 1], labels 0 or 1: the union of 1 to ``max_classes`` random classes
-    (never the background). The members are different cases and hold at least one of the classes.
+    Item k is a dict of
 
-    In validation (``part="val"``) member 0 is the target and comes from the validation part, the others from
-    the training part, and a group's number alone decides what it is, so that two runs compare.
+    - ``image`` and ``label``, ``(L+1, 1, H, W, D)`` float32: inputs in about [0, 1], and wanted outputs: 0 or 1 for
+      segmentation (the union of the drawn classes, never the background), images in [0, 1] for generation tasks;
+    - ``generation`` (bool), ``loss_weight``, ``unpaired`` (bool: contexts take each other's labels), ``gin`` (seed of
+      the intensity augmentation that the engine applies, -1 for none);
+    - ``dataset``, ``task``, ``classes`` and ``cases``: names.
+
+    The members are different cases of one dataset; in label tasks they hold at least one of the classes.
+
+    In validation (``part="val"``) member 0 is the target and comes from the validation part, the others from the
+    training part; the rows take turns, and a group's number alone decides what it is, so that two runs compare.
+    Nothing is augmented there.
 
     Args:
         data: case dicts of this part (``image``, ``label``; ``dataset`` and ``classes`` where known). ``prepared``
@@ -41,7 +70,13 @@ class EpisodeDataset(Dataset):
         part: ``train`` or ``val``.
         context_size: L, or (low, high) drawn once per epoch from the seed, the same on every rank.
         groups_per_epoch: number of groups in an epoch.
-        max_classes: at most this many classes are merged.
+        max_classes: at most this many classes are merged, where a row leaves the choice open.
+        rows: called once the cases are known, gives the rows to draw from; without any, every source is drawn
+            from equally, for segmentation.
+        augmentation: applied to training groups; None for none.
+        unpair_fraction: in this last fraction of the training, contexts of segmentation groups are presented with
+            each other's labels ("When to Unpair", arXiv 2610.10335).
+        epochs: length of the training, for ``unpair_fraction``.
         seed: of the draws.
     """
 
@@ -53,6 +88,10 @@ class EpisodeDataset(Dataset):
         context_size: int | Sequence[int] = 3,
         groups_per_epoch: int = 1000,
         max_classes: int = 5,
+        rows: Callable[[], Sequence[SourcedRow]] | None = None,
+        augmentation: GroupAugmentation | None = None,
+        unpair_fraction: float = 0.0,
+        epochs: int = 1,
         seed: int = 0,
     ) -> None:
         if part not in ("train", "val"):
@@ -64,85 +103,178 @@ class EpisodeDataset(Dataset):
                 f"context_size {context_size}, groups_per_epoch {groups_per_epoch} and max_classes {max_classes} "
                 "must be at least 1, and a context_size range [low, high]"
             )
+        if not 0 <= unpair_fraction <= 1:
+            raise ValueError(f"unpair_fraction must be in [0, 1], got {unpair_fraction}")
         self.data = data
         self.prepared = prepared
         self.part = part
         self.groups_per_epoch = int(groups_per_epoch)
         self.max_classes = int(max_classes)
+        self.rows = rows
+        self.augmentation = augmentation if part == "train" else None
+        self.unpair_from = epochs - round(unpair_fraction * epochs) if unpair_fraction and part == "train" else None
         self.seed = int(seed)
-        self._classes: dict[str, list[tuple[str, frozenset[int]]]] = {}
+        self._rows: list[SourcedRow] = []
+        self._chances = np.ones(0)
+        self._classes: dict[tuple[Row, str], list[tuple[str, frozenset[int]]]] = {}
+
+    @classmethod
+    def from_folder(
+        cls,
+        dataset_dir: str,
+        mode: str = "train",
+        augment: bool = False,
+        spatial_size: int | Sequence[int] = 128,
+        cache_dir: str = "cache",
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        **options: Any,
+    ) -> EpisodeDataset:
+        """Episodes of the nnU-Net datasets in a folder, for a training loop of one's own.
+
+        Args:
+            dataset_dir: a dataset folder or a folder of them.
+            mode: ``"train"`` or ``"val"``.
+            augment: augment training groups, with the published probabilities.
+            spatial_size: the grid, one number of voxels or three.
+            cache_dir: where preprocessed cases go.
+            val_fraction: part of the cases for validation.
+            seed: of split and draws.
+            options: further arguments of the constructor, such as ``context_size``.
+
+        Raises:
+            FileNotFoundError, DatasetError: no usable data there.
+        """
+        collection = Collection(dataset_dir, "", cache_dir, val_fraction=val_fraction, seed=seed)
+        parts = {part: collection.part(part) for part in ("train", "val")}
+        size = (spatial_size,) * 3 if isinstance(spatial_size, int) else spatial_size
+        dataset = cls(
+            parts[mode],
+            PreparedCases(parts, size, cache_dir),
+            mode,
+            rows=collection.rows,
+            augmentation=GroupAugmentation() if augment else None,
+            seed=seed,
+            **options,
+        )
+        dataset.prepare()
+        return dataset
 
     def __len__(self) -> int:
         """Groups in an epoch; group numbers go on beyond it."""
         return self.groups_per_epoch
 
     def prepare(self) -> None:
-        """Check the cases and that every dataset has enough of them.
+        """Check the cases and that every source has enough of them.
 
         Raises:
-            DatasetError: faulty or too few cases, or no label at all.
+            DatasetError: faulty or too few cases, or a row without the classes it needs.
         """
-        if self._classes:
+        if self._rows:
             return
         self.prepared.prepare()
-        contexts = self.prepared.cases["train"]
         targets = self.prepared.cases[self.part]
         if not targets:
             raise DatasetError(f"no cases in the {self.part} part: add cases or change --val_fraction or --split_file")
-        for name, cases in targets.items():
-            pool = contexts.get(name, [])
-            needed = self.high + (self.part == "train")
-            if len(pool) < needed:
-                raise DatasetError(
-                    f"{name}: {len(pool)} training cases, but {self.high} contexts"
-                    f"{' and a target' if self.part == 'train' else ''} need {needed}: lower "
-                    f"--{'context_size' if self.part == 'train' else 'val_context_size'} or add cases"
-                )
-            classes = _classes_of([*cases, *pool])
-            if not classes:
-                raise DatasetError(f"{name}: no case has a label other than background")
-            self._classes[name] = classes
+        rows = list(self.rows() if self.rows is not None else ())
+        rows = rows or [SourcedRow(Row(source), (source,)) for source in sorted(targets)]
+        for sourced in rows:
+            for source in sourced.sources:
+                self._check_source(sourced.row, source)
+        self._chances = np.array([sourced.row.draw_weight for sourced in rows])
+        self._chances /= self._chances.sum()
+        self._rows = rows
+        if self.part == "train":
+            for sourced, chance in zip(rows, self._chances, strict=True):
+                row = sourced.row
+                logger.info(
+                    "%4.1f %% of the groups: %s, %s, loss weight %g", 100 * chance, row.dataset, row.task,
+                    row.loss_weight,
+                )  # fmt: skip
+
+    def _check_source(self, row: Row, source: str) -> None:
+        targets, pool = (self.prepared.cases[part].get(source, []) for part in (self.part, "train"))
+        if not targets:
+            raise DatasetError(f"{source}: no cases in the {self.part} part")
+        needed = self.high + (self.part == "train")
+        if len(pool) < needed:
+            raise DatasetError(
+                f"{source}: {len(pool)} training cases, but {self.high} contexts"
+                f"{' and a target' if self.part == 'train' else ''} need {needed}: lower "
+                f"--{'context_size' if self.part == 'train' else 'val_context_size'} or add cases"
+            )
+        if find_task(row.task).reads == "label":
+            self._classes[row, source] = _classes_of(row, source, [*targets, *pool])
 
     def context_size(self, epoch: int) -> int:
         """L in an epoch (counted from 0)."""
         return int(np.random.default_rng([self.seed, 1, epoch]).integers(self.low, self.high + 1))
 
-    def draw(self, number: int) -> tuple[list[Case], frozenset[int], str]:
-        """Which cases and which label values make group ``number``: members, values, class names."""
+    def draw(self, number: int) -> Group:
+        """What makes group ``number``."""
         self.prepare()
-        length = self.context_size(number // self.groups_per_epoch if self.part == "train" else 0)
-        rng = np.random.default_rng([self.seed, 2 if self.part == "train" else 3, number])
-        name = rng.choice(sorted(self._classes))
-        targets, pool = self.prepared.cases[self.part][name], self.prepared.cases["train"][name]
-        for _ in range(_TRIES):
-            classes = self._classes[name]
-            count = int(rng.integers(1, min(self.max_classes, len(classes)) + 1))
-            chosen = [classes[i] for i in rng.choice(len(classes), count, replace=False)]
-            values = frozenset().union(*(values for _, values in chosen))
-            with_label, targets_with_label = _holding(pool, values), _holding(targets, values)
-            if targets_with_label and len(with_label) >= length + (self.part == "train"):
-                break
-        else:  # rare labels only: members without the structure are better than no group
-            with_label, targets_with_label = pool, targets
-        if self.part == "train":
-            members = [with_label[i] for i in rng.choice(len(with_label), length + 1, replace=False)]
+        training = self.part == "train"
+        length = self.context_size(number // self.groups_per_epoch if training else 0)
+        rng = np.random.default_rng([self.seed, 2 if training else 3, number])
+        which = int(rng.choice(len(self._rows), p=self._chances)) if training else number % len(self._rows)
+        row, sources = self._rows[which].row, self._rows[which].sources
+        source = sources[rng.integers(len(sources))]
+        task = find_task(row.task)
+        targets, pool = (self.prepared.cases[part][source] for part in (self.part, "train"))
+        setting, names = task.setting(rng), ""
+        if task.reads == "label":
+            for _ in range(_TRIES):
+                names, values = self._draw_classes(row, source, rng)
+                with_label, targets_with_label = _holding(pool, values), _holding(targets, values)
+                if targets_with_label and len(with_label) >= length + training:
+                    pool, targets = with_label, targets_with_label
+                    break
+            # else rare labels only: members without the structure are better than no group
+            setting |= {"values": sorted(values)}
+        if training:
+            members = [pool[i] for i in rng.choice(len(pool), length + 1, replace=False)]
         else:
-            target = targets_with_label[rng.integers(len(targets_with_label))]
-            members = [target, *(with_label[i] for i in rng.choice(len(with_label), length, replace=False))]
-        return members, values, "+".join(sorted(label for label, _ in chosen))
+            target = targets[rng.integers(len(targets))]
+            members = [target, *(pool[i] for i in rng.choice(len(pool), length, replace=False))]
+        return Group(members, row, task.name, setting, names)
+
+    def _draw_classes(self, row: Row, source: str, rng: np.random.Generator) -> tuple[str, frozenset[int]]:
+        classes = self._classes[row, source]
+        if not row.classes and find_task(row.task).name == "segmentation":
+            count = int(rng.integers(1, min(self.max_classes, len(classes)) + 1))
+            classes = [classes[i] for i in rng.choice(len(classes), count, replace=False)]
+        return "+".join(sorted(name for name, _ in classes)), frozenset().union(*(values for _, values in classes))
+
+    def make(self, number: int, augment: bool = True) -> dict[str, Any]:
+        """Group ``number`` as tensors; ``augment=False`` leaves the augmentation out."""
+        group = self.draw(number)
+        task = find_task(group.task)
+        pairs = [
+            task(*self.prepared.load(case), group.setting, np.random.default_rng([self.seed, 4, number, member]))
+            for member, case in enumerate(group.members)
+        ]
+        image, label = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+        gin = -1
+        if augment and self.augmentation is not None:
+            rng = np.random.default_rng([self.seed, 5, number])
+            image, label, gin = self.augmentation(image, label, task.generation, rng)
+        late = self.unpair_from is not None and number // self.groups_per_epoch >= self.unpair_from
+        return {
+            "image": image,
+            "label": label,
+            "generation": task.generation,
+            "loss_weight": torch.tensor(group.row.loss_weight, dtype=torch.float32),
+            "unpaired": late and not task.generation,
+            "gin": gin,
+            "dataset": group.members[0]["dataset"],
+            "task": group.task,
+            "classes": group.classes,
+            "cases": " ".join(str(case["case"]) for case in group.members),
+        }
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Group ``number`` as tensors."""
-        members, values, names = self.draw(number)
-        pairs = [self.prepared.load(case) for case in members]
-        wanted = torch.tensor(sorted(values), dtype=torch.int32)  # a case may be cached as uint8
-        return {
-            "image": torch.stack([image for image, _ in pairs]),
-            "label": torch.stack([torch.isin(label.int(), wanted).float() for _, label in pairs]),
-            "dataset": members[0]["dataset"],
-            "classes": names,
-            "cases": " ".join(str(case["case"]) for case in members),
-        }
+        return self.make(number)
 
 
 class GroupSampler(DistributedSampler):
@@ -165,20 +297,43 @@ def _holding(cases: Sequence[Case], values: frozenset[int]) -> list[Case]:
     return [case for case in cases if not values.isdisjoint(case["values"])]
 
 
-def _classes_of(cases: Sequence[Case]) -> list[tuple[str, frozenset[int]]]:
+def _classes_of(row: Row, source: str, cases: Sequence[Case]) -> list[tuple[str, frozenset[int]]]:
+    """Classes that a row may draw from a source's cases: name and label values."""
     present = {value for case in cases for value in case["values"]}
-    described = cases[0].get("classes")
-    if not described:
-        return [(str(value), frozenset({value})) for value in sorted(present)]
-    classes = [(name, frozenset(values)) for name, values in described.items()]
-    return [(name, values) for name, values in classes if values & present]
+    described = cases[0].get("classes") or {str(value): [value] for value in sorted(present)}
+    classes = {name: frozenset(values) for name, values in described.items() if present & set(values)}
+    if not classes:
+        raise DatasetError(f"{source}: no case has a label other than background")
+    if row.task == "skull_stripping" and not row.classes:
+        brain = [name for name in classes if name.lower() == "brain"]
+        if not brain:
+            raise DatasetError(
+                f"{source}: skull stripping needs a class named brain, or a row whose 'classes' make up the brain; "
+                f"classes there: {', '.join(classes)}"
+            )
+        return [(brain[0], classes[brain[0]])]
+    removed = set().union(*(_find_class(wanted, classes, source)[1] for wanted in row.remove_classes))
+    chosen = [_find_class(wanted, classes, source) for wanted in row.classes] or classes.items()
+    left = [(name, values) for name, values in chosen if not values & removed]
+    if not left:
+        raise DatasetError(f"{source}: 'remove_classes' leaves no class of {', '.join(classes)}")
+    return left
+
+
+def _find_class(wanted: str | int, classes: Mapping[str, frozenset[int]], source: str) -> tuple[str, frozenset[int]]:
+    if wanted in classes:
+        return str(wanted), classes[wanted]
+    if isinstance(wanted, int) and any(wanted in values for values in classes.values()):
+        return str(wanted), frozenset({wanted})
+    raise DatasetError(f"{source}: no class {wanted!r} (classes there: {', '.join(classes)})")
 
 
 def as_episode(group: dict[str, Any], target: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One member of a batch of groups as the target, the others as its contexts.
 
     Args:
-        group: ``image`` and ``label``, each ``(B, L+1, 1, H, W, D)``.
+        group: ``image`` and ``label``, each ``(B, L+1, 1, H, W, D)``; ``unpaired`` ``(B,)``, where it is true each
+            context takes the label of the one before it.
         target: number of the member.
 
     Returns:
@@ -186,4 +341,8 @@ def as_episode(group: dict[str, Any], target: int) -> tuple[Tensor, Tensor, Tens
     """
     others = [i for i in range(group["image"].shape[1]) if i != target]
     image, label = group["image"], group["label"]
-    return image[:, target], label[:, target], image[:, others], label[:, others]
+    context_out = label[:, others]
+    if "unpaired" in group and group["unpaired"].any():
+        rolled = context_out.roll(1, dims=1)
+        context_out = torch.where(group["unpaired"].view(-1, 1, 1, 1, 1, 1), rolled, context_out)
+    return image[:, target], label[:, target], image[:, others], context_out

@@ -90,7 +90,8 @@ def sound_cases(inspected: Sequence[Case], skip_bad_cases: bool = False) -> list
 
 
 def _name(case: Case) -> str:
-    return "/".join(str(case[k]) for k in ("dataset", "case") if k in case) or str(case["image"])
+    channel = f" channel {case['channel']:04d}" if case.get("channel") else ""
+    return "/".join(str(case[k]) for k in ("dataset", "case") if k in case) + channel or str(case["image"])
 
 
 def _inspect(case: Case) -> dict[str, Any]:
@@ -180,7 +181,7 @@ def _mark_duplicates(cases: Sequence[Case]) -> None:
     by_content = defaultdict(list)
     for case in cases:
         if case["image_digest"]:
-            by_content[case.get("dataset"), case["image_digest"]].append(case)
+            by_content[case.get("source", case.get("dataset")), case["image_digest"]].append(case)
     for same in by_content.values():
         for case in same[1:]:
             case["problems"].append(f"duplicate: same image as {_name(same[0])}")

@@ -72,46 +72,69 @@ class NnunetDataset:
         classes = {n: v for n, v in foreground.items() if v and n.lower() not in ("background", "ignore")}
         return cls(root, classes, known)
 
-    def cases(self, channel: int = 0) -> list[Case]:
+    def channels(self) -> tuple[int, ...]:
+        """Image channels that any training case has."""
+        return tuple(sorted(self._images()))
+
+    def cases(self, channel: int = 0, answer: str | int = "label") -> list[Case]:
         """Every training case with this image channel, sorted by name; what is missing is None.
 
         ``folder_problems`` says what is wrong with a case already by the look of the folder.
 
+        Args:
+            channel: of the images.
+            answer: what goes with an image: ``"label"`` (its label map), ``"image"`` (nothing), or the channel of
+                another image, which the case then has as ``output``.
+
         Raises:
             DatasetError: no image has this channel.
         """
-        images, labels = defaultdict(list), defaultdict(list)
-        channels = set()
-        for path in _files(self.root / "imagesTr"):
-            match = _CHANNEL.match(strip_ending(path) or "")
-            if match:
-                channels.add(int(match["channel"]))
-                if int(match["channel"]) == channel:
-                    images[match["case"]].append(path)
-        for path in _files(self.root / "labelsTr"):
-            if name := strip_ending(path):
-                labels[name].append(path)
-        if not images:
-            raise DatasetError(
-                f"{self.root / 'imagesTr'} has no files of channel {channel:04d} (channels there: {sorted(channels)})"
-            )
-        if not channel:  # a label without image; of another channel there may well be fewer images
-            for name in labels:
-                images.setdefault(name, [])
+        by_channel = self._images()
+        for wanted in (channel, *([answer] if isinstance(answer, int) else [])):
+            if wanted not in by_channel:
+                raise DatasetError(
+                    f"{self.root / 'imagesTr'} has no files of channel {wanted:04d} "
+                    f"(channels there: {sorted(by_channel)})"
+                )
+        images = by_channel[channel]
+        facts: dict[str, Any] = {"dataset": self.name, "channel": channel}
+        answers: dict[str, list[Path]] = {}
+        if isinstance(answer, int):
+            answers, kind = by_channel[answer], "output"
+        elif answer == "label":
+            answers, kind = self._labels(), "label"
+            facts["classes"] = {k: list(v) for k, v in self.classes.items()}
+            facts["known_values"] = sorted(self.known_values) if self.known_values is not None else None
+            if not channel:  # a label without image; of another channel there may well be fewer images
+                images = {name: [] for name in answers} | images
+        else:
+            kind = None
         return [
-            {
-                "image": str(images[name][0]) if images[name] else None,
-                "label": str(labels[name][0]) if name in labels else None,
+            {"image": str(images[name][0]) if images[name] else None}
+            | ({kind: str(answers[name][0]) if name in answers else None} if kind else {})
+            | {
                 "case": name,
                 "folder_problems": ["more than one file for the case"]
-                if max(len(images[name]), len(labels.get(name, []))) > 1
+                if max(len(images[name]), len(answers.get(name, []))) > 1
                 else [],
-                "dataset": self.name,
-                "classes": {k: list(v) for k, v in self.classes.items()},
-                "known_values": sorted(self.known_values) if self.known_values is not None else None,
             }
+            | facts
             for name in sorted(images)
         ]
+
+    def _images(self) -> dict[int, dict[str, list[Path]]]:
+        found: dict[int, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+        for path in _files(self.root / "imagesTr"):
+            if match := _CHANNEL.match(strip_ending(path) or ""):
+                found[int(match["channel"])][match["case"]].append(path)
+        return {channel: dict(images) for channel, images in found.items()}
+
+    def _labels(self) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = defaultdict(list)
+        for path in _files(self.root / "labelsTr"):
+            if name := strip_ending(path):
+                found[name].append(path)
+        return dict(found)
 
 
 def find_datasets(folder: str | Path, names: Sequence[str] | None = None) -> list[NnunetDataset]:

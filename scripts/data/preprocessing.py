@@ -116,6 +116,17 @@ class Preprocessing:
         label = data["label"].as_tensor().round()
         return data["image"].as_tensor().float(), label.to(torch.uint8 if label.max() < 256 else torch.int32)
 
+    def image(self, image: MetaTensor) -> Tensor:
+        """One image on the network's grid.
+
+        Args:
+            image: ``(1, H, W, D)``.
+
+        Returns:
+            ``(1, *spatial_size)`` float32 in [0, 1].
+        """
+        return self._grid({"image": self.target(image)})["image"].as_tensor().float()
+
     def image_pair(self, image: MetaTensor, output: MetaTensor) -> tuple[Tensor, Tensor]:
         """A pair of images (input and wanted output of a generation task) on the network's grid.
 
@@ -158,8 +169,8 @@ class Preprocessing:
         return self._geometry.inverse({"image": answer})["image"]
 
 
-class LoadPair(Transform):
-    """Case dict (``image`` and ``label`` paths) -> the pair on the network's grid, as plain tensors."""
+class LoadCase(Transform):
+    """Case dict of paths -> what is in it on the network's grid, as plain tensors."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
@@ -167,12 +178,21 @@ class LoadPair(Transform):
     def __call__(self, case: Case) -> dict[str, Tensor]:
         """Read and preprocess one case.
 
+        Returns:
+            ``image``, and ``answer`` where the case has a ``label`` (label numbers) or an ``output`` (in [0, 1]);
+            each ``(1, *spatial_size)``.
+
         Raises:
             VolumeError: a file cannot be read.
         """
-        image, label = (load_volume(case[key]) for key in _KEYS)
-        image, label = self.preprocessing.pair(image, label)
-        return {"image": image, "label": label}
+        image = load_volume(case["image"])
+        if "label" in case:
+            image, answer = self.preprocessing.pair(image, load_volume(case["label"]))
+        elif "output" in case:
+            image, answer = self.preprocessing.image_pair(image, load_volume(case["output"]))
+        else:
+            return {"image": self.preprocessing.image(image)}
+        return {"image": image, "answer": answer}
 
 
 def fit_spacing(cases: Sequence[Case], spatial_size: Sequence[int]) -> float:

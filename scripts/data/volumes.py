@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,9 @@ import numpy as np
 from monai.data import MetaTensor
 from monai.transforms import LoadImage
 from monai.utils import optional_import
+
+# MONAI tells with every reader it makes, that is with every file, that a GPU decoder for DICOM is absent
+logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
 
 ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh", ".nrrd")
 """File endings that are taken for images."""

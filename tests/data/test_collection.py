@@ -259,7 +259,7 @@ def test_files_of_others_are_not_deleted(collect, make_dataset, tmp_path):
 def test_prepared_pairs_are_on_the_grid(collect, two_datasets, tmp_path):
     prepared = prepare_collection(collect(two_datasets), tmp_path / "cache")
     assert {part: set(sets) for part, sets in prepared.cases.items()} == {
-        part: {"Dataset001_A", "Dataset002_B"} for part in ("train", "val")
+        part: {"Dataset001_A/0000/label", "Dataset002_B/0000/label"} for part in ("train", "val")
     }
     for image, label in load_all(prepared):
         assert image.shape == label.shape == (1, *GRID)
@@ -334,7 +334,9 @@ def test_a_changed_file_is_made_anew(make_dataset, tmp_path, collect):
     prepared = prepare_collection(collect(root), tmp_path / "cache")
     load_all(prepared)
     assert len(cached(tmp_path / "cache") - before) == 1
-    changed = next(c for p in prepared.cases.values() for c in p["Dataset001_Blobs"] if c["case"] == "case_01")
+    changed = next(
+        c for p in prepared.cases.values() for c in p["Dataset001_Blobs/0000/label"] if c["case"] == "case_01"
+    )
     assert prepared.load(changed)[1].max() == 1
 
 

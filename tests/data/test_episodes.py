@@ -54,9 +54,14 @@ def drawn(dataset, numbers=MANY):
     """Names and label values of many groups."""
     found = []
     for number in numbers:
-        members, values, _ = dataset.draw(number)
-        found.append(([case["case"] for case in members], values))
+        group = dataset.draw(number)
+        found.append(([case["case"] for case in group.members], frozenset(group.setting.get("values", ()))))
     return found
+
+
+def members_and_values(dataset, number):
+    group = dataset.draw(number)
+    return group.members, frozenset(group.setting["values"])
 
 
 # --- groups
@@ -65,10 +70,10 @@ def drawn(dataset, numbers=MANY):
 def test_members_are_different_training_cases_of_one_dataset(episodes):
     dataset = episodes(context_size=3)
     dataset.prepare()
-    training = {name: {c["case"] for c in cases} for name, cases in dataset.prepared.cases["train"].items()}
+    training = {cases[0]["dataset"]: {c["case"] for c in cases} for cases in dataset.prepared.cases["train"].values()}
     seen = set()
     for number in MANY:
-        members, _, _ = dataset.draw(number)
+        members = dataset.draw(number).members
         (name,) = {case["dataset"] for case in members}
         cases = [case["case"] for case in members]
         assert len(set(cases)) == len(cases) == 4
@@ -79,7 +84,7 @@ def test_members_are_different_training_cases_of_one_dataset(episodes):
 
 def test_both_datasets_are_drawn_evenly(episodes):
     dataset = episodes(context_size=2)
-    share = np.mean([dataset.draw(n)[0][0]["dataset"] == "Dataset001_A" for n in MANY])
+    share = np.mean([dataset.draw(n).members[0]["dataset"] == "Dataset001_A" for n in MANY])
     assert 0.35 < share < 0.65
 
 
@@ -110,7 +115,7 @@ def test_number_of_classes(make_dataset, tmp_path, max_classes, most):
     labels = {"background": 0, "first": 1, "second": 2, "either": [1, 2], "again": [2]}
     root = make_dataset(tmp_path, cases=6, labels=labels)
     dataset = episodes_of(root, tmp_path / "cache", context_size=2, max_classes=max_classes)
-    counts = {len(dataset.draw(number)[2].split("+")) for number in MANY}
+    counts = {len(dataset.draw(number).classes.split("+")) for number in MANY}
     assert counts == set(range(1, most + 1))
 
 
@@ -118,7 +123,8 @@ def test_regions_are_merged(make_dataset, tmp_path):
     root = make_dataset(tmp_path, cases=6, labels={"background": 0, "whole": [1, 2], "core": 2})
     dataset = episodes_of(root, tmp_path / "cache", context_size=2, max_classes=1)
     for number in range(12):
-        members, values, name = dataset.draw(number)
+        members, values = members_and_values(dataset, number)
+        name = dataset.draw(number).classes
         assert values == ({1, 2} if name == "whole" else {2})
         labels = torch.stack([dataset.prepared.load(case)[1] for case in members])
         assert torch.equal(dataset[number]["label"], torch.isin(labels, torch.tensor(sorted(values))).float())
@@ -132,7 +138,7 @@ def test_a_dataset_of_one_class(make_dataset, tmp_path):
 
 def test_without_dataset_json_the_values_are_the_classes(make_dataset, tmp_path):
     dataset = episodes_of(make_dataset(tmp_path, cases=6, version=None), tmp_path / "cache", context_size=3)
-    assert {dataset.draw(number)[2] for number in MANY} == {"1", "2", "1+2"}
+    assert {dataset.draw(number).classes for number in MANY} == {"1", "2", "1+2"}
 
 
 def test_the_ignore_label_is_never_drawn(make_dataset, tmp_path):
@@ -144,7 +150,7 @@ def test_the_ignore_label_is_never_drawn(make_dataset, tmp_path):
 def test_a_class_of_dataset_json_that_no_case_has_is_never_drawn(make_dataset, tmp_path):
     root = make_dataset(tmp_path, cases=6, labels={"background": 0, "first": 1, "second": 2, "third": 3})
     dataset = episodes_of(root, tmp_path / "cache", context_size=3)
-    assert all("third" not in dataset.draw(number)[2] for number in MANY)
+    assert all("third" not in dataset.draw(number).classes for number in MANY)
 
 
 def test_members_hold_the_class(make_dataset, tmp_path):
@@ -152,7 +158,7 @@ def test_members_hold_the_class(make_dataset, tmp_path):
     dataset = episodes_of(root, tmp_path / "cache", context_size=2, val_fraction=0.1)
     found = set()
     for number in MANY:
-        members, values, _ = dataset.draw(number)
+        members, values = members_and_values(dataset, number)
         found.add(values)
         assert all(values & set(case["values"]) for case in members)
     assert frozenset({2}) in found
@@ -162,7 +168,7 @@ def test_a_class_of_too_few_cases_comes_only_with_others(make_dataset, tmp_path)
     root = erase(make_dataset(tmp_path, cases=8), 2, keep=2)
     dataset = episodes_of(root, tmp_path / "cache", context_size=3, val_fraction=0.1)
     for number in MANY:
-        members, values, _ = dataset.draw(number)
+        members, values = members_and_values(dataset, number)
         assert 1 in values and len(members) == 4
         assert all(values & set(case["values"]) for case in members)
 
@@ -178,7 +184,7 @@ def test_only_rare_classes_still_give_groups(make_dataset, tmp_path):
 
 def test_context_size_is_the_same_all_through_an_epoch(episodes):
     dataset = episodes(context_size=[2, 4], groups_per_epoch=5)
-    sizes = [len(dataset.draw(number)[0]) - 1 for number in range(100)]
+    sizes = [len(dataset.draw(number).members) - 1 for number in range(100)]
     by_epoch = [set(sizes[first : first + 5]) for first in range(0, 100, 5)]
     assert all(len(one) == 1 for one in by_epoch)
     assert [one.pop() for one in by_epoch] == [dataset.context_size(epoch) for epoch in range(20)]
@@ -212,12 +218,13 @@ def test_senseless_settings_are_refused(episodes, settings):
 def test_too_few_cases_says_how_many_and_which_option(episodes):
     # 9 and 7 cases, 30 % for validation: 6 and 5 for training
     with pytest.raises(
-        DatasetError, match=r"Dataset002_B: 5 training cases, .* 5 contexts and a target need 6.*--context_size"
+        DatasetError,
+        match=r"Dataset002_B/0000/label: 5 training cases, .* 5 contexts and a target need 6.*--context_size",
     ):
         episodes(context_size=[2, 5]).prepare()
     episodes(context_size=[2, 4]).prepare()
     with pytest.raises(
-        DatasetError, match=r"Dataset002_B: 5 training cases, but 6 contexts need 6: .*--val_context_size"
+        DatasetError, match=r"Dataset002_B/0000/label: 5 training cases, but 6 contexts need 6: .*--val_context_size"
     ):
         episodes("val", context_size=6).prepare()
     episodes("val", context_size=5).prepare()
@@ -225,7 +232,7 @@ def test_too_few_cases_says_how_many_and_which_option(episodes):
 
 def test_no_labels_at_all(make_dataset, tmp_path):
     root = erase(erase(make_dataset(tmp_path, cases=6), 1, keep=0), 2, keep=0)
-    with pytest.raises(DatasetError, match="Dataset001_Blobs: no case has a label other than background"):
+    with pytest.raises(DatasetError, match="Dataset001_Blobs/0000/label: no case has a label other than background"):
         episodes_of(root, tmp_path / "cache").prepare()
 
 
@@ -266,7 +273,7 @@ def test_validation_targets_hold_the_class(make_dataset, tmp_path):
     root = erase(make_dataset(tmp_path, cases=12), 2, keep=7)
     dataset = episodes_of(root, tmp_path / "cache", "val", context_size=2, val_fraction=0.4)
     for number in MANY:
-        members, values, _ = dataset.draw(number)
+        members, values = members_and_values(dataset, number)
         assert all(values & set(case["values"]) for case in members)
 
 
@@ -278,7 +285,7 @@ def test_tensors(episodes, part):
     dataset = episodes(part, context_size=3)
     for number in range(6):
         group = dataset[number]
-        members, _, classes = dataset.draw(number)
+        members, classes = dataset.draw(number).members, dataset.draw(number).classes
         assert group["image"].shape == group["label"].shape == (4, 1, *GRID)
         assert group["image"].dtype == group["label"].dtype == torch.float32
         assert 0 <= group["image"].min() and group["image"].max() <= 1
@@ -290,7 +297,7 @@ def test_tensors(episodes, part):
 def test_labels_mark_the_drawn_values(episodes):
     dataset = episodes(context_size=2)
     for number in range(10):
-        members, values, _ = dataset.draw(number)
+        members, values = members_and_values(dataset, number)
         group = dataset[number]
         for member, case in enumerate(members):
             image, label = dataset.prepared.load(case)

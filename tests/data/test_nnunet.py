@@ -109,6 +109,7 @@ def test_cases_are_sorted_and_carry_what_is_known(dataset):
         "image": str(dataset / "imagesTr" / "a_0000.nii.gz"),
         "label": str(dataset / "labelsTr" / "a.nii.gz"),
         "case": "a",
+        "channel": 0,
         "dataset": "Dataset001_Blobs",
         "folder_problems": [],
         "classes": {"first": [1], "second": [2]},

@@ -1,0 +1,193 @@
+"""Collection files: which datasets, channels and tasks a training draws from, how often, and how much each counts.
+
+A collection file is JSON, ``{"rows": [{"dataset": "Dataset001_Brain", "task": "segmentation", ...}, ...]}``;
+``configs/collection_example.json`` shows every key. The row is the unit of sampling: a group is drawn by first
+drawing a row with probability proportional to its ``draw_weight``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from scripts.data.nnunet import DatasetError, NnunetDataset
+from scripts.data.tasks import find_task
+
+SYNTHETIC = "synthetic"
+"""Dataset name of a row that draws from the synthetic cohorts."""
+
+LABELS = "labels"
+"""``output`` of a row whose answer is made from the label map."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a collection.
+
+    Attributes:
+        dataset: folder name, its part before the first underscore, or ``"synthetic"``.
+        task: name of a task (``scripts.data.tasks``).
+        input: image channels; one is drawn for each group. Empty means every channel there is.
+        output: ``"labels"``, or the channel that is the wanted output (modality transfer).
+        classes: class names or label values that make up the foreground (segmentation) or the brain (skull
+            stripping); empty means a random choice in segmentation, and the class ``brain`` in skull stripping.
+        remove_classes: class names or label values that a random choice leaves out.
+        draw_weight: how often the row is drawn, relative to the others; 0 never draws it.
+        loss_weight: factor on the loss of the row's groups.
+    """
+
+    dataset: str
+    task: str = "segmentation"
+    input: tuple[int, ...] = ()
+    output: str | int = LABELS
+    classes: tuple[str | int, ...] = ()
+    remove_classes: tuple[str | int, ...] = ()
+    draw_weight: float = 1.0
+    loss_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: a value makes no sense; the message names the key.
+        """
+        reads = find_task(self.task).reads
+        if reads == "output" and self.output == LABELS:
+            raise ValueError(f"'output' must be the channel that {self.task} is to produce")
+        if reads != "output" and self.output != LABELS:
+            raise ValueError(f"'output' is {self.output!r}, but {self.task} makes its own output: leave it out")
+        if reads == "output" and (self.output in self.input or self.output < 0):
+            raise ValueError(f"'output' must be another channel than the input {list(self.input)}, got {self.output}")
+        if any(channel < 0 for channel in self.input):
+            raise ValueError(f"'input' must be channel numbers of at least 0, got {list(self.input)}")
+        if not 0 <= self.draw_weight < float("inf") or not 0 <= self.loss_weight < float("inf"):
+            raise ValueError(
+                f"'draw_weight' and 'loss_weight' must be finite numbers of at least 0, got {self.draw_weight} and "
+                f"{self.loss_weight}"
+            )
+
+
+@dataclass(frozen=True)
+class Source:
+    """One kind of case: a dataset's images of one channel, and what goes with them.
+
+    Attributes:
+        dataset: the nnU-Net dataset.
+        channel: image channel.
+        answer: ``"label"`` (label maps), ``"image"`` (the image alone) or the output's channel.
+    """
+
+    dataset: NnunetDataset
+    channel: int
+    answer: str | int
+
+    @property
+    def key(self) -> str:
+        """Name that is unique in a collection."""
+        return f"{self.dataset.name}/{self.channel:04d}/{self.answer}"
+
+
+@dataclass(frozen=True)
+class SourcedRow:
+    """A row with the keys of its sources; each source is drawn equally often."""
+
+    row: Row
+    sources: tuple[str, ...]
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Rows of a collection file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        DatasetError: not JSON, no rows, or a faulty row; the message names file, row and key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no collection file {path}: --collection_file takes a JSON file of rows")
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{path} is no collection file ({error}): see configs/collection_example.json") from error
+    if not isinstance(rows, list) or not rows:
+        raise DatasetError(f"{path} has no rows: see configs/collection_example.json")
+    return [_read_row(path, number, row) for number, row in enumerate(rows, start=1)]
+
+
+def default_rows(datasets: Sequence[NnunetDataset], channel: int | None, tasks: Sequence[str] | None) -> list[Row]:
+    """Rows without a collection file: every dataset and task, with every channel once.
+
+    Args:
+        datasets: what was found.
+        channel: use only this channel; None uses all.
+        tasks: names of tasks; None means segmentation. Modality transfer gets a row for every pair of channels.
+    """
+    rows = []
+    for dataset in datasets:
+        channels = (channel,) if channel is not None else dataset.channels()
+        for task in tasks or ("segmentation",):
+            if find_task(task).reads == "output":
+                rows += [Row(dataset.name, task, (a,), b) for a in channels for b in dataset.channels() if a != b]
+            else:
+                rows.append(Row(dataset.name, task, tuple(channels)))
+    return rows
+
+
+def sources_of(row: Row, datasets: Sequence[NnunetDataset]) -> list[Source]:
+    """Sources that a row draws from.
+
+    Args:
+        row: the row.
+        datasets: its datasets; several for the synthetic cohorts.
+
+    Raises:
+        DatasetError: a channel is not there.
+    """
+    reads = find_task(row.task).reads
+    answer = row.output if reads == "output" else reads
+    found = []
+    for dataset in datasets:
+        there = dataset.channels()
+        channels = row.input or tuple(c for c in there if c != row.output)
+        missing = sorted({*channels, *([row.output] if reads == "output" else [])} - set(there))
+        if missing or not channels:
+            raise DatasetError(f"{dataset.name} has no channel {missing} for {row.task}; channels there: {list(there)}")
+        found += [Source(dataset, channel, answer) for channel in channels]
+    return found
+
+
+def _read_row(path: Path, number: int, content: Any) -> Row:
+    known = [field.name for field in fields(Row)]
+    try:
+        unknown = sorted(set(content) - set(known))
+        if unknown:
+            nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.4)
+            hint = f": did you mean {nearest[0]!r}?" if nearest else f" (keys are {', '.join(known)})"
+            raise ValueError(f"unknown key {unknown[0]!r}{hint}")
+        values = dict(content)
+        if not isinstance(values.get("dataset"), str):
+            raise ValueError("'dataset' is missing")
+        for key in ("input", "classes", "remove_classes"):
+            values[key] = _listed(key, values.get(key))
+        if not all(isinstance(channel, int) for channel in values["input"]):
+            raise ValueError(f"'input' must be channel numbers, got {list(values['input'])}")
+        output = values.get("output", LABELS)
+        if output != LABELS and (isinstance(output, bool) or not isinstance(output, int)):
+            raise ValueError(f"'output' must be \"labels\" or a channel number, got {output!r}")
+        for key in ("draw_weight", "loss_weight"):
+            values[key] = float(values.get(key, 1.0))
+        return Row(**values)
+    except (ValueError, TypeError) as error:
+        raise DatasetError(f"{path}, row {number}: {error}") from error
+
+
+def _listed(key: str, value: Any) -> tuple[Any, ...]:
+    if value is None or (key == "classes" and value == "random"):
+        return ()
+    if isinstance(value, bool) or not isinstance(value, (list, str, int)):
+        raise ValueError(f"{key!r} must be a list, got {value!r}")
+    return tuple(value) if isinstance(value, list) else (value,)

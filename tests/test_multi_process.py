@@ -1,0 +1,157 @@
+"""Training on several processes: real ones, started by torchrun, exchanging gradients through gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow
+
+from scripts.checkpoint import load_network
+from scripts.data.synthesis import write_cohorts
+
+SMALL = {
+    "channels": [4, 8],
+    "spatial_size": 16,
+    "epochs": 2,
+    "groups_per_epoch": 4,
+    "val_groups": 3,
+    "context_size": 2,
+    "val_context_size": 2,
+    "learning_rate": 1e-3,
+    "num_workers": 0,
+    "image_interval": 0,
+    "device": "cpu",
+}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_cohorts(folder, cohorts=1, subjects=10, spatial_size=16, num_labels=2, progress=False)
+    return folder
+
+
+def start(*arguments, **options):
+    return subprocess.Popen(
+        [*TORCHRUN, *arguments],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def command(output_dir, data, **options):
+    """The documented command line."""
+    values = {"dataset_dir": data, "output_dir": output_dir} | SMALL | options
+    flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
+    configs = "['configs/train_stage1.json','configs/multi_gpu_train.json']"
+    return ["-m", "monai.bundle", "run", "--config_file", configs, *flags]
+
+
+@pytest.fixture(scope="module")
+def reports(data, tmp_path_factory):
+    """Stage -> what each of the two ranks saw, and the folder of the run."""
+    folder, found = tmp_path_factory.mktemp("run"), {}
+    for stage in ("stage1", "stage2"):
+        options = SMALL | {"dataset_dir": str(data), "output_dir": str(folder)}
+        if stage == "stage2":
+            del options["channels"]
+            options["context_size"] = [1, 4]
+        process = start("tests/training_process.py", str(folder), stage, json.dumps(options))
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        found[stage] = [json.loads((folder / f"{stage}_{rank}.json").read_text()) for rank in (0, 1)]
+    return found, folder
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_ranks_hold_the_same_weights_at_every_step(reports, stage):
+    for report in reports[0][stage]:
+        assert report["steps"] == sum(len(cases.split()) for cases in report["cases"]), "a step for every member"
+        assert report["weights_differ"] == 0
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_ranks_train_on_different_groups(reports, stage):
+    first, second = (report["cases"] for report in reports[0][stage])
+    assert len(first) == len(second) == 4 and all(a != b for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_metrics_are_those_of_all_ranks(reports, stage):
+    first, second = reports[0][stage]
+    assert first["metrics"] == second["metrics"]
+    for epoch, metrics in enumerate(first["metrics"]):
+        losses = [loss for report in (first, second) for loss in report["losses"][2 * epoch : 2 * epoch + 2]]
+        assert metrics["train_loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
+
+
+def test_validation_is_that_of_one_process(reports, data, tmp_path):
+    folder = reports[1] / "stage1"
+    best = min(metrics["val_loss"] for metrics in reports[0]["stage1"][0]["metrics"])
+    options = SMALL | {"channels": None, "epochs": 1, "groups_per_epoch": 1, "learning_rate": 0.0}
+    workflow = ConfigWorkflow(
+        "configs/train_stage1.json",
+        workflow_type="train",
+        dataset_dir=str(data),
+        output_dir=str(tmp_path),
+        init_checkpoint=str(folder / "model.pt"),
+        split_file=str(folder / "splits.json"),
+        **options,
+    )
+    workflow.initialize()
+    workflow.run()
+    alone = workflow.parser.get_parsed_content("validate#evaluator").state.metrics["val_loss"]
+    workflow.finalize()
+    assert alone == pytest.approx(best, rel=1e-4), "three groups, dealt out to two ranks without repetition"
+
+
+def test_one_rank_writes_and_its_weights_have_plain_names(reports):
+    for stage in ("stage1", "stage2"):
+        folder = reports[1] / stage
+        assert load_network(folder / "model.pt").channels == (4, 8)
+        assert len(list((folder / "tensorboard").glob("events*"))) == 1
+        assert len((folder / "metrics.csv").read_text().splitlines()) == 1 + 2
+
+
+def test_killing_one_rank_ends_the_other_and_the_run_can_be_resumed(data, tmp_path):
+    run = tmp_path / "stage1"
+    process = start(*command(tmp_path, data, epochs=500), start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "last.pt").is_file():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        ranks = [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()]
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0 and "SIGKILL" in output
+    for pid in ranks:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    epochs = torch.load(run / "last.pt", weights_only=True)["trainer"]["iteration"] // 2
+    process = start(*command(tmp_path, data, epochs=epochs + 1, resume="true"))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert len((run / "metrics.csv").read_text().splitlines()) == 1 + epochs + 1
+
+
+def test_the_overlay_without_torchrun_says_what_is_missing(data, tmp_path):
+    environment = {k: v for k, v in ENVIRONMENT.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, *command(tmp_path, data)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "error: multi_gpu_train.json needs torchrun" in done.stderr

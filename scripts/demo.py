@@ -25,7 +25,7 @@ _MARKER = ".demo"
 _COHORT = "--cohorts 1 --subjects 24 --num_labels 1 --spatial_size 24 --seed 11"
 _TRAINING = (
     "--channels [16,32] --spatial_size 24 --learning_rate 1e-3 --context_size 2 --val_context_size 2 "
-    "--val_groups 10 --test_fraction 0.25 --num_workers 0"
+    "--val_groups 10 --test_fraction 0.25 --num_workers 0 --augment false"
 )
 
 
@@ -53,18 +53,18 @@ def demo(output_dir: str = "demo_output", epochs: int = 4, groups_per_epoch: int
     started = time.monotonic()
     quoted, data = shlex.quote(str(folder)), shlex.quote(str(folder / "data"))
     _run("scripts.synthesize", f"{_COHORT} --output_dir {data}")
-    _bundle(
+    run_bundle(
         "train_stage1",
         f"--dataset_dir {data} --output_dir {quoted} {_TRAINING} --epochs {epochs} "
         f"--groups_per_epoch {groups_per_epoch}",
     )
     dataset = f"{data}/Dataset900_Synthetic000"
-    _bundle(
+    run_bundle(
         "inference",
         f"--dataset_dir {dataset} --context_dir {dataset} --split_file {quoted}/stage1/splits.json "
         f"--checkpoint {quoted}/stage1/model.pt --output_dir {quoted}/answers",
     )
-    _bundle(
+    run_bundle(
         "evaluate",
         f"--prediction_dir {quoted}/answers --reference_dir {dataset}/labelsTr --output_dir {quoted}/scores",
     )
@@ -77,7 +77,16 @@ def demo(output_dir: str = "demo_output", epochs: int = 4, groups_per_epoch: int
     )
 
 
-def _bundle(config: str, options: str) -> None:
+def run_bundle(config: str, options: str) -> None:
+    """Print a documented workflow command and run it.
+
+    Args:
+        config: name of the configuration, without folder and ending.
+        options: the command's options as typed.
+
+    Raises:
+        ValueError: it failed.
+    """
     _run("monai.bundle", f"run --config_file configs/{config}.json {options}")
 
 

@@ -1,4 +1,4 @@
-"""Figures: a scan with its mask for the person who checks a result, an episode for TensorBoard.
+"""Figures: a scan with its mask for the person who checks a result, an episode for TensorBoard, a training group.
 
 Volumes are ``(H, W, D)`` in RAS voxel order: the axes run to the patient's right, front and top. Slices are
 drawn in the radiological convention: the patient's right is on the picture's left in axial and coronal
@@ -12,7 +12,7 @@ import colorsys
 import os
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -25,6 +25,7 @@ FILL_OPACITY = 0.3
 CONTOUR_PX = 2
 SHOWN_CONTEXTS = 3
 LEGEND_ENTRIES = 60
+SHEET_PX = 2400
 
 _BACKGROUND, _INK, _FAINT = (16, 16, 18), (235, 235, 235), (150, 150, 155)
 # Okabe and Ito's colours, made for colour-blind readers; those that stand out on grey come first.
@@ -118,6 +119,73 @@ def episode_figure(
             panels.append(_panel(_slice(volume, None, axis, at[axis], shape, (0.0, 1.0))[0], size, caption))
         drawn.append(_join(panels))
     return ImageOps.expand(_join(drawn, across=True), GAP_PX, _BACKGROUND)
+
+
+class GroupView(NamedTuple):
+    """One state of a group, such as before or after augmentation.
+
+    Attributes:
+        name: what state this is.
+        images: ``(N, H, W, D)`` arrays or tensors, one for each member.
+        labels: the wanted outputs, of the same shape.
+        window: intensities of the images that are black and white; None takes each image's 0.5 and 99.5 percentiles.
+    """
+
+    name: str
+    images: Any
+    labels: Any
+    window: tuple[float, float] | None = (0.0, 1.0)
+
+
+def group_figure(views: Iterable[GroupView], cases: Sequence[str], generation: bool, title: str = "") -> Image.Image:
+    """A group of members in columns, its states one below the other: axial slices, radiological convention.
+
+    Args:
+        views: the states. A mask is drawn over its image, in a slice through the smaller of foreground and background
+            (an inverted mask has them swapped); an output image stands below its image, both in the middle slice.
+        cases: name of each member, above its column.
+        generation: the labels are images.
+        title: a line above the figure.
+
+    Raises:
+        ValueError: images, labels and cases differ in number, or image and label in shape.
+    """
+    size, blocks = PANEL_PX * 3 // 4, []
+    for view in views:
+        columns = []
+        for case, *pair in zip(cases, view.images, view.labels, strict=True):
+            image, label = (_array(x) for x in pair)
+            _checked(image, label)
+            window = _window(image) if view.window is None else view.window
+            shape = np.array(image.shape) * (size / max(image.shape))
+            if generation:
+                middle = image.shape[2] // 2
+                shown = (image, window), (label, (0.0, 1.0))
+                panels = [_slice(x, None, 2, middle, shape, between)[0] for x, between in shown]
+            else:
+                mask = np.rint(label).astype(np.int32)
+                middle = _centre(mask > 0 if mask.mean() < 0.5 else mask == 0)[2]
+                panels = [_slice(image, mask, 2, middle, shape, window)[1]]
+            columns.append(_join([_panel(panels[0], size, case), *(_panel(x, size) for x in panels[1:])], gap=2))
+        row = _join(columns, across=True)
+        name = f"{view.name}: inputs, wanted outputs below" if generation else view.name
+        blocks.append(_join([_line(name, 14, row.width), row], gap=0))
+    if title:
+        blocks.insert(0, _line(title, 16, blocks[0].width))
+    return ImageOps.expand(_join(blocks), GAP_PX, _BACKGROUND)
+
+
+def contact_sheet(figures: Sequence[Image.Image], columns: int = 2) -> Image.Image:
+    """Figures side by side and row by row on one sheet, made smaller where a side would exceed 2400 pixels.
+
+    Args:
+        figures: at least one.
+        columns: how many stand side by side.
+    """
+    starts = range(0, len(figures), columns)
+    sheet = _join([_join(figures[start : start + columns], across=True) for start in starts])
+    sheet.thumbnail((SHEET_PX, SHEET_PX), Image.Resampling.LANCZOS)
+    return sheet
 
 
 def save_png(figure: Image.Image, path: str | os.PathLike) -> None:

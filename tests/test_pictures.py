@@ -6,7 +6,18 @@ import torch
 from PIL import Image, ImageChops
 
 from scripts import pictures
-from scripts.pictures import GAP_PX, PANEL_PX, episode_figure, label_colour, overlay_figure, save_png
+from scripts.pictures import (
+    GAP_PX,
+    PANEL_PX,
+    SHEET_PX,
+    GroupView,
+    contact_sheet,
+    episode_figure,
+    group_figure,
+    label_colour,
+    overlay_figure,
+    save_png,
+)
 
 CAPTION_PX = 18
 PLANES = ("axial", "coronal", "sagittal")
@@ -268,6 +279,93 @@ def test_episode_takes_arrays_and_tensors(convert):
 def test_episode_with_gradients_and_empty_truth_and_odd_grid():
     target, truth, pred, images, labels = episode(2, (16, 8, 24))
     episode_figure(target, truth * 0, pred.requires_grad_(), images, labels * 0)
+
+
+# --- the group --------------------------------------------------------------------------------------------
+
+
+def group_panel(figure, member, view=0, output=False, generation=False):
+    """A member's square as an array of floats, in a figure without a title."""
+    size, heading = PANEL_PX * 3 // 4, 20
+    height = heading + CAPTION_PX + size + (2 + size) * generation
+    x = GAP_PX + member * (size + GAP_PX)
+    y = GAP_PX + view * (height + GAP_PX) + heading + CAPTION_PX + output * (size + 2)
+    return np.asarray(figure.crop((x, y, x + size, y + size)), float)
+
+
+def members(low, high, number=3, size=(16, 16, 16)):
+    images = torch.rand(number, *size) * 0.5 + 0.25
+    return images, torch.stack([torch.from_numpy(cube(size, low, high)).float()] * number)
+
+
+def test_a_group_s_masks_lie_on_their_images():
+    images, masks = members((4, 4, 4), (12, 12, 12))
+    masks[1] = 0
+    figure = group_figure([GroupView("before", images, masks), GroupView("after", images * 0, masks)], "abc", False)
+    expected = 4 * 12, 12 * 12 - 1, 4 * 12, 12 * 12 - 1
+    for view in (0, 1):
+        for member in (0, 2):
+            box = box_of(group_panel(figure, member, view), label_colour(1))
+            assert np.abs(np.subtract(box, expected)).max() <= 2
+        assert where(group_panel(figure, 1, view), label_colour(1))[0].size == 0
+    assert group_panel(figure, 1, 0).mean() > 100 and group_panel(figure, 1, 1).max() == 0
+
+
+def test_an_inverted_mask_is_cut_through_the_same_structure():
+    images, masks = members((2, 2, 12), (8, 8, 15), number=1)
+    inverted = 1 - masks
+    figure = group_figure([GroupView("before", images, masks), GroupView("after", images, inverted)], ["a"], False)
+    before, after = (group_panel(figure, 0, view) for view in (0, 1))
+    hole = slice(110, 160), slice(110, 160)  # right and front are drawn at the left and at the top
+    colourful = [np.ptp(pixels, axis=-1).astype(bool) for pixels in (before, after)]
+    assert colourful[0][hole].all() and not colourful[1][hole].any()
+    assert not colourful[0][:60, :60].any() and colourful[1][:60, :60].all()
+
+
+def test_a_group_s_outputs_stand_below_their_inputs():
+    images, _ = members((4, 4, 4), (12, 12, 12))
+    outputs = torch.full_like(images, 0.5)
+    views = [GroupView("before", images * 0, outputs), GroupView("after", images * 0 + 1, outputs, window=None)]
+    figure = group_figure(views, "abc", True)
+    for view in (0, 1):
+        assert set(np.unique(group_panel(figure, 2, view, output=True, generation=True))) <= {127, 128}
+    assert group_panel(figure, 0, 0, generation=True).max() == 0
+
+
+def test_the_window_of_a_view():
+    images, masks = members((4, 4, 4), (5, 5, 5), number=1)
+    wide = [GroupView("a", images * 100, masks * 0), GroupView("b", images * 100, masks * 0, window=None)]
+    figure = group_figure(wide, ["a"], False)
+    assert group_panel(figure, 0, 0).min() == 255
+    assert 80 < group_panel(figure, 0, 1).mean() < 180
+
+
+def test_a_group_s_size_follows_members_and_views():
+    images, masks = members((4, 4, 4), (12, 12, 12), number=4, size=(16, 8, 24))
+    view, column = GroupView("view", images, masks), PANEL_PX * 3 // 4 + GAP_PX
+    one, two, titled = (
+        group_figure(views, "abcd", False, title)
+        for views, title in (([view], ""), ([view] * 2, ""), ([view], "title"))
+    )
+    assert one.width == 4 * column + GAP_PX and one.width == two.width == titled.width
+    assert two.height - GAP_PX > 2 * (one.height - 2 * GAP_PX) and titled.height > one.height
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "cases"), [((2, 4, 4, 4), (2, 4, 4, 4), "a"), ((1, 4, 4, 4), (1, 4, 4, 5), "a")]
+)
+def test_a_group_that_does_not_fit_is_refused(images, labels, cases):
+    with pytest.raises(ValueError):
+        group_figure([GroupView("view", torch.zeros(images), torch.zeros(labels))], cases, False)
+
+
+def test_contact_sheet():
+    figures = [Image.new("RGB", (40, 30), colour) for colour in ("red", "green", "blue")]
+    sheet = contact_sheet(figures)
+    assert sheet.size == (2 * 40 + GAP_PX, 2 * 30 + GAP_PX)
+    assert [sheet.getpixel(at) for at in ((0, 0), (79, 0), (0, 60))] == [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
+    large = contact_sheet([Image.new("RGB", (SHEET_PX, 100), "red")] * 3)
+    assert large.width == SHEET_PX and large.height < 150
 
 
 # --- writing ----------------------------------------------------------------------------------------------

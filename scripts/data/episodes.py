@@ -146,6 +146,19 @@ class EpisodeDataset(Dataset):
             FileNotFoundError, DatasetError: no usable data there.
         """
         collection = Collection(dataset_dir, "", cache_dir, val_fraction=val_fraction, seed=seed)
+        return cls.from_collection(collection, mode, augment, spatial_size, cache_dir, seed=seed, **options)
+
+    @classmethod
+    def from_collection(
+        cls,
+        collection: Collection,
+        mode: str = "train",
+        augment: bool = False,
+        spatial_size: int | Sequence[int] = 128,
+        cache_dir: str = "cache",
+        **options: Any,
+    ) -> EpisodeDataset:
+        """Episodes of a collection; arguments and errors as those of :meth:`from_folder`."""
         parts = {part: collection.part(part) for part in ("train", "val")}
         size = (spatial_size,) * 3 if isinstance(spatial_size, int) else spatial_size
         dataset = cls(
@@ -154,7 +167,6 @@ class EpisodeDataset(Dataset):
             mode,
             rows=collection.rows,
             augmentation=GroupAugmentation() if augment else None,
-            seed=seed,
             **options,
         )
         dataset.prepare()

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from monai.transforms import RandBiasField, RandGaussianNoise, Resize, ScaleIntensity
+from monai.transforms.utils import generate_spatial_bounding_box
 from monai.utils import convert_to_tensor
 from torch import Tensor
 
@@ -152,7 +153,7 @@ class ModalityTransfer(Task):
 
 
 class Corruption(Task):
-    """A task that asks for the clean image; the input is a corrupted one.
+    """A task that asks for the clean image; the input is a corrupted one, with padding left at 0.
 
     Attributes:
         limits: lowest and highest sensible value of every severity; whole numbers if these are.
@@ -184,15 +185,22 @@ class Corruption(Task):
         for name, (low, high) in self.limits.items():
             if not _is_number(value := self._of(setting, name), low) or not low <= value <= high:
                 raise ValueError(f"{self.name}: the setting's {name} must be from {low} to {high}, got {value!r}")
-        corrupted = self._corrupt(image, setting, rng)
+        spoilt = torch.zeros_like(image)
+        if not image.any():
+            return spoilt, image
+        # What lies around the box of the voxels above 0 is padding of the grid, or masked out: a scan has no noise there
+        start, end = generate_spatial_bounding_box(image, allow_smaller=True)
+        box = (slice(None), *(slice(a, b) for a, b in zip(start, end, strict=True)))
+        corrupted = self._corrupt(image[box], setting, rng)
         # A corrupted scan that comes as a file is scaled to [0, 1] by the preprocessing, whatever its noise or field
         # has done to its range, and so does the published recipe just before the network: training must not show
         # another scale.
-        return convert_to_tensor(ScaleIntensity(0.0, 1.0)(corrupted), track_meta=False), image
+        spoilt[box] = convert_to_tensor(ScaleIntensity(0.0, 1.0)(corrupted), track_meta=False)
+        return spoilt, image
 
     @abstractmethod
     def _corrupt(self, image: Tensor, setting: Setting, rng: np.random.Generator) -> Tensor:
-        """Corrupted image (1, H, W, D), of any range."""
+        """Corrupted image (1, H, W, D), of any range; the image is the scan without padding."""
 
     def _checked_range(self, name: str, bounds: Sequence[float]) -> tuple[float, float]:
         low, high = self.limits[name]

@@ -335,9 +335,20 @@ def test_bias_field_grows_with_its_strength():
     assert errors[0] < errors[1] < errors[2]
 
 
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_padding_stays_empty_and_has_no_say(name):
+    task, scan = find_task(name), clean_image((24, 20, 24)).clamp(min=1e-6)
+    padded = torch.nn.functional.pad(scan, (4, 4, 0, 6, 2, 0))
+    setting = task.setting(rng(1))
+    alone, _ = task(scan, None, setting, rng(2))
+    spoilt, clean = task(padded, None, setting, rng(2))
+    assert torch.equal(spoilt[:, 2:, :20, 4:28], alone) and torch.equal(clean, padded)
+    assert spoilt.sum() == pytest.approx(alone.sum().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("sigma", [0.03, 0.1, 0.3])
 def test_gaussian_noise_is_white_and_of_the_drawn_sigma(sigma):
-    image = clean_image((32, 24, 32))
+    image = clean_image((32, 24, 32)).clamp(min=1e-6)  # no padding
     corrupted, _ = GaussianDenoising()(image, None, {"sigma": sigma}, rng())
     slope, offset = np.polyfit(image.flatten().numpy(), corrupted.flatten().numpy(), 1)  # the scaling to [0, 1]
     noise = (corrupted - offset) / slope - image

@@ -104,6 +104,36 @@ def context_cases(
     return training
 
 
+def listed_cases(
+    images: Sequence[str],
+    labels: Sequence[str],
+    generation: bool = False,
+    record: str | Path | None = None,
+    skip_bad_cases: bool = False,
+) -> list[Case]:
+    """Candidate pairs given file by file, inspected; each is called by its image's path.
+
+    Args:
+        images: paths of the images.
+        labels: path of each one's label map (for generation: of its wanted output).
+        generation: the answers are images.
+        record: where to remember what was found in the files.
+        skip_bad_cases: leave faulty pairs out instead of raising.
+
+    Raises:
+        ValueError: not as many labels as images, or none.
+        DatasetError: faulty pairs (all named).
+    """
+    if not images or len(images) != len(labels):
+        raise ValueError(
+            f"--context_images and --context_labels need equally many files, at least one: got {len(images)} and "
+            f"{len(labels)}"
+        )
+    kind = "output" if generation else "label"
+    cases = [{"image": i, kind: answer, "case": i} for i, answer in zip(images, labels, strict=True)]
+    return sound_cases(inspect_cases(cases, record), skip_bad_cases)
+
+
 def choose(cases: Sequence[Case], count: int, selection: str = "random", seed: int = 0) -> list[Case]:
     """``count`` of the candidates (all, if there are no more), in the order of their names.
 
@@ -167,7 +197,7 @@ class ContextSource:
     """Chooses and reads the context set of a run when it is first asked for.
 
     Args:
-        context_dir: nnU-Net dataset folder with the pairs.
+        context_dir: nnU-Net dataset folder with the pairs; or None, and ``images`` and ``labels``.
         network: its ``grid`` is the grid; it is known only once its weights are.
         context_size: use at most this many pairs.
         channel: image channel.
@@ -178,6 +208,11 @@ class ContextSource:
         skip_bad_cases: leave faulty pairs out instead of raising.
         record: where to remember what was found in the files.
         seed: of the random choice.
+        images: paths of the pairs' images, instead of ``context_dir``; the split has no say in them.
+        labels: paths of their labels (for generation: of the wanted outputs).
+
+    Raises:
+        ValueError: a senseless ``context_size``, or pairs given in both ways.
     """
 
     def __init__(
@@ -193,9 +228,13 @@ class ContextSource:
         skip_bad_cases: bool = False,
         record: str | None = None,
         seed: int = 0,
+        images: Sequence[str] | None = None,
+        labels: Sequence[str] | None = None,
     ) -> None:
         if not isinstance(context_size, int) or context_size < 1:
             raise ValueError(f"--context_size must be one number of at least 1 for inference, got {context_size}")
+        if context_dir is not None and (images or labels):
+            raise ValueError("give either --context_dir, or --context_images and --context_labels")
         self.context_dir = context_dir
         self.network = network
         self.context_size = context_size
@@ -207,19 +246,30 @@ class ContextSource:
         self.skip_bad_cases = skip_bad_cases
         self.record = record
         self.seed = seed
+        self.images = images
+        self.labels = labels
 
     def __call__(self) -> ContextSet:
         """Read the pairs.
 
         Raises:
-            ValueError: no folder given.
+            ValueError: no folder and no files given, or not as many labels as images.
             DatasetError: faulty pairs, or none.
         """
-        if self.context_dir is None:
-            raise ValueError("no contexts: give --context_dir, an nnU-Net dataset folder with example pairs")
-        candidates = context_cases(
-            self.context_dir, self.channel, self.label_channel, self.split_file, self.record, self.skip_bad_cases
-        )
+        if self.images or self.labels:
+            generation = self.label_channel is not None
+            candidates = listed_cases(
+                self.images or (), self.labels or (), generation, self.record, self.skip_bad_cases
+            )
+        elif self.context_dir is not None:
+            candidates = context_cases(
+                self.context_dir, self.channel, self.label_channel, self.split_file, self.record, self.skip_bad_cases
+            )
+        else:
+            raise ValueError(
+                "no contexts: give --context_dir, an nnU-Net dataset folder with example pairs, or --context_images "
+                "and --context_labels"
+            )
         chosen = choose(candidates, self.context_size, self.selection, self.seed)
         contexts = load_contexts(candidates, chosen, self.network.grid.tolist(), self.spacing)
         logger.info(

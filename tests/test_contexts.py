@@ -248,3 +248,51 @@ def test_second_channel_as_input(root):
     first, second = (load_contexts(cases, cases, GRID) for cases in (context_cases(root, 0), context_cases(root, 1)))
     torch.testing.assert_close(second.images, 1 - first.images, atol=0.02, rtol=0)
     assert torch.equal(first.labels, second.labels)
+
+
+# --- pairs given file by file
+
+
+def listed(root, names, **settings):
+    images = [str(root / "imagesTr" / f"{name}_0000.nii.gz") for name in names]
+    answers = [str(root / "labelsTr" / f"{name}.nii.gz") for name in names]
+    return source(None, **({"images": images, "labels": answers} | settings))
+
+
+def test_listed_files_are_the_same_contexts_as_their_folder(root):
+    folder, files = source(root)(), listed(root, NAMES)()
+    assert torch.equal(folder.images, files.images) and torch.equal(folder.labels, files.labels)
+    assert folder.digests == files.digests and files.preprocessing.spacing_mm == folder.preprocessing.spacing_mm
+    assert files.names == [str(root / "imagesTr" / f"{name}_0000.nii.gz") for name in NAMES]
+    assert len(listed(root, NAMES, context_size=2)()) == 2
+
+
+def test_listed_files_for_generation(root):
+    outputs = [str(root / "imagesTr" / f"{name}_0001.nii.gz") for name in NAMES]
+    found = listed(root, NAMES, labels=outputs, label_channel=1)()
+    assert torch.equal(found.labels, source(root, label_channel=1)().labels)
+
+
+@pytest.mark.parametrize("answers", [None, [], ["one"]])
+def test_listed_images_need_as_many_labels(root, answers):
+    with pytest.raises(ValueError, match=f"equally many files, at least one: got 6 and {len(answers or ())}"):
+        listed(root, NAMES, labels=answers)()
+
+
+def test_listed_labels_without_images(root):
+    with pytest.raises(ValueError, match="equally many files, at least one: got 0 and 6"):
+        listed(root, NAMES, images=None)()
+
+
+def test_listed_files_that_are_faulty_are_all_named(root):
+    (root / "imagesTr" / "p1_0000.nii.gz").unlink()
+    rewrite(root / "labelsTr" / "p4.nii.gz", lambda v: v[1:])
+    message = r"(?s)2 of 6 cases.*p1_0000\.nii\.gz: image file is missing.*p4_0000\.nii\.gz: image and label differ"
+    with pytest.raises(DatasetError, match=message):
+        listed(root, NAMES)()
+    assert len(listed(root, NAMES, skip_bad_cases=True)()) == 4
+
+
+def test_contexts_are_given_in_one_way(root):
+    with pytest.raises(ValueError, match="either --context_dir, or --context_images and --context_labels"):
+        source(root, images=["a.nii.gz"], labels=["b.nii.gz"])

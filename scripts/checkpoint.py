@@ -17,6 +17,7 @@ import hashlib
 import os
 import pickle
 import re
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -80,8 +81,11 @@ def atomic_save(obj: Any, path: str | os.PathLike) -> None:
     def save(temporary: str) -> None:
         try:
             torch.save(obj, temporary)
-        except RuntimeError as error:  # torch's zip writer reports a failed write so
-            raise OSError(f"could not write {path}: {error}") from error
+        except (RuntimeError, OSError) as error:  # torch's zip writer reports a failed write as a RuntimeError
+            free_mb = shutil.disk_usage(Path(path).parent).free / 1e6
+            raise OSError(
+                f"could not write {path}: is the disk full ({free_mb:.0f} MB free)? What was there before is kept"
+            ) from error
 
     write_atomically(path, save)
 

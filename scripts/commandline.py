@@ -14,10 +14,12 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
+from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 from scripts.options import OPTIONS, flag, normalise
 
@@ -65,10 +67,11 @@ def start() -> None:
     if _is_bundle_command_line():
         install_one_line_errors(flag(parser.get("debug", False)))
         raw = ConfigParser.load_config_files(_config_files(sys.argv))
-        refuse_unknown(_override_keys(sys.argv), raw)
+        refuse_unknown(_override_keys(sys.argv), raw | _tracking_ids(sys.argv))
         if flag(parser.get("help", False)):
             print_help(raw)
             raise SystemExit(0)
+    _rename_tracked_loss(parser)
     for name in OPTIONS.keys() & parser.config.keys():
         value = parser.config[name]
         if not (isinstance(value, str) and value.startswith(("$", "@", "%"))):
@@ -206,6 +209,30 @@ def _config_files(argv: list[str]) -> Any:
 
     typed = [DefaultParseValue(value) for name, value in _options_typed(argv) if name == "config_file"]
     return typed[0] if typed else _arguments_file(argv)["config_file"]
+
+
+def _tracking_ids(argv: list[str]) -> dict[str, Any]:
+    """What MONAI's ``--tracking`` adds to the configuration, such as ``experiment_name``.
+
+    Raises:
+        ImportError: it is to be MLflow, which is not installed.
+    """
+    typed = dict(_options_typed(argv)).get("tracking") or _arguments_file(argv).get("tracking")
+    if not typed:
+        return {}
+    if typed == "mlflow" and find_spec("mlflow") is None:
+        raise ImportError("--tracking mlflow needs the package mlflow: pip install mlflow")
+    known = DEFAULT_EXP_MGMT_SETTINGS
+    settings = known[typed] if typed in known else ConfigParser.load_config_files(typed)
+    return {name: value for name, value in settings["configs"].items() if name not in settings["handlers_id"]}
+
+
+def _rename_tracked_loss(parser: ConfigParser) -> None:
+    """Keep apart the loss of an iteration and that of an epoch, which MONAI's MLflow handler would give one name."""
+    handlers = parser.get("train#handlers") or []
+    for number, handler in enumerate(handlers):
+        if handler["_target_"] == "MLFlowHandler" and handler.get("tag_name") == "train_loss":
+            parser[f"train#handlers#{number}#tag_name"] = "train_iteration_loss"
 
 
 def _override_keys(argv: list[str]) -> list[str]:

@@ -77,8 +77,9 @@ class GroupTrainer(SupervisedTrainer):
     """Trainer whose iteration is one batch of groups: every member in turn is the target, one episode each.
 
     The optimiser steps after every ``accumulation_steps`` episodes, and after the last one of an epoch. A group's
-    ``loss_weight`` multiplies its loss. Under float16 the gradients are scaled. The engine's output holds the last
-    member's tensors, and ``loss`` (weighted), ``dice`` and ``psnr`` averaged over the members.
+    ``loss_weight`` multiplies its loss. Under float16 the gradients are scaled. The engine's output is a list of one
+    dict, a form that MONAI's handlers and its experiment tracking read: the last member's tensors, and ``loss``
+    (weighted), ``dice`` and ``psnr`` averaged over the members.
 
     Args:
         args: as MONAI's trainer takes them.
@@ -92,10 +93,11 @@ class GroupTrainer(SupervisedTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.gin = gin
-        self.scaler = torch.amp.GradScaler(torch.device(self.state.device).type) if fp16 else None
+        # not `scaler`, which MONAI makes anew when it runs
+        self.grad_scaler = torch.amp.GradScaler(torch.device(self.state.device).type) if fp16 else None
         self.steps_now = True
 
-    def _iteration(self, engine: SupervisedTrainer, batchdata: dict[str, Any]) -> dict[str, Any]:
+    def _iteration(self, engine: SupervisedTrainer, batchdata: dict[str, Any]) -> list[dict[str, Any]]:
         if self.gin is not None and (batchdata["gin"] >= 0).any():
             batchdata = {**batchdata, "image": self._augmented(batchdata["image"], batchdata["gin"])}
         members = batchdata["image"].shape[1]
@@ -111,7 +113,7 @@ class GroupTrainer(SupervisedTrainer):
         for name in ("loss", "dice", "psnr"):
             values = [found[name] for found in outputs if found[name] is not None]
             output[name] = torch.stack(values).mean() if values else None
-        return output
+        return [output]
 
     def _episode(self, batchdata: dict[str, Any], first: bool) -> dict[str, Tensor | None]:
         """Forward, backward and, where it is due, a step; MONAI's order of events."""
@@ -130,15 +132,15 @@ class GroupTrainer(SupervisedTrainer):
             output[Keys.LOSS] = self.loss_function(output[Keys.PRED], label, **weighted).mean()
             self.fire_event(IterationEvents.LOSS_COMPLETED)
             loss = output[Keys.LOSS] / self.accumulation_steps
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        if self.scaler is not None and self.steps_now:
-            self.scaler.unscale_(self.optimizer)
+            (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
+        if self.grad_scaler is not None and self.steps_now:
+            self.grad_scaler.unscale_(self.optimizer)
         self.fire_event(IterationEvents.BACKWARD_COMPLETED)
-        if self.steps_now and self.scaler is None:
+        if self.steps_now and self.grad_scaler is None:
             self.optimizer.step()
         elif self.steps_now:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
         self.fire_event(IterationEvents.MODEL_COMPLETED)
         scores = episode_scores(output[Keys.PRED], label, batchdata["generation"])
         return scores | {"loss": output[Keys.LOSS].detach()}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.tensorboard import SummaryWriter
 
 from scripts.data.episodes import as_episode
+from scripts.options import OPTIONS
 from scripts.pictures import episode_figure
 
 logger = logging.getLogger(__name__)
@@ -112,8 +115,7 @@ class MetricsFile:
     def __call__(self, engine: Engine) -> None:
         """End of an epoch."""
         now = time.monotonic()
-        validated = self.evaluator.state.epoch == engine.state.epoch
-        metrics = engine.state.metrics | (self.evaluator.state.metrics if validated else {})
+        metrics = _epoch_metrics(engine, self.evaluator)
         row = {
             "epoch": engine.state.epoch,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -132,6 +134,72 @@ class MetricsFile:
             row["seconds"],
             _duration(left),
         )
+
+
+def require_wandb() -> ModuleType:
+    """The package wandb, which only ``--wandb true`` needs.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError("--wandb true needs the package wandb: pip install wandb") from error
+    return wandb
+
+
+class WandbMetrics:
+    """A run in Weights & Biases: the options, and per epoch both engines' metrics and the learning rate.
+
+    The package's own environment variables apply, such as ``WANDB_PROJECT`` and ``WANDB_MODE=offline``. A resumed
+    training is a new run of the same group, whose epochs go on.
+
+    Args:
+        folder: the training run's folder; wandb's files go into ``wandb`` in it.
+        evaluator: whose metrics go along with the trainer's.
+        optimizer: whose learning rate is recorded.
+        config: the configuration as run; its options are recorded.
+
+    Raises:
+        ImportError: wandb is not installed.
+    """
+
+    def __init__(
+        self, folder: str | Path, evaluator: Engine, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]
+    ) -> None:
+        self.wandb = require_wandb()
+        self.folder = Path(folder)
+        self.evaluator = evaluator
+        self.optimizer = optimizer
+        self.options = {name: config[name] for name in OPTIONS if name in config}
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer, after the validation handler."""
+        engine.add_event_handler(Events.STARTED, self.open)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED, self.close)
+
+    def open(self, engine: Engine) -> None:
+        """Start a run."""
+        self.folder.mkdir(parents=True, exist_ok=True)  # without it wandb would write elsewhere
+        self._run = self.wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "neuroverse3d"),
+            group=os.environ.get("WANDB_RUN_GROUP", self.folder.resolve().parent.name),
+            job_type=self.folder.name,
+            dir=str(self.folder),
+            config=self.options,
+        )
+        self._run.define_metric("*", step_metric="epoch")
+
+    def __call__(self, engine: Engine) -> None:
+        """End of an epoch."""
+        metrics = {name: float(value) for name, value in _epoch_metrics(engine, self.evaluator).items()}
+        self._run.log(metrics | {"epoch": engine.state.epoch, "learning_rate": self.optimizer.param_groups[0]["lr"]})
+
+    def close(self, engine: Engine) -> None:
+        """End the run; one that breaks off is marked so by wandb itself."""
+        self._run.finish()
 
 
 class EpisodePictures:
@@ -183,7 +251,7 @@ class GroupProgress(ProgressBar):
         super().attach(
             engine,
             output_transform=lambda output: {
-                name: output[name].item() for name in ("loss", "dice", "psnr") if output[name] is not None
+                name: output[0][name].item() for name in ("loss", "dice", "psnr") if output[0][name] is not None
             },
         )
 
@@ -208,6 +276,12 @@ class BestScore:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """From a checkpoint."""
         self.value = float(state["value"])
+
+
+def _epoch_metrics(trainer: Engine, evaluator: Engine) -> dict[str, Any]:
+    """Metrics of the epoch just trained, with those of its validation where there was one."""
+    validated = evaluator.state.epoch == trainer.state.epoch
+    return trainer.state.metrics | (evaluator.state.metrics if validated else {})
 
 
 def _duration(seconds: float) -> str:

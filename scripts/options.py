@@ -88,6 +88,8 @@ OPTIONS: dict[str, Option] = {
     "device": Option("text", "cuda, cuda:1 or cpu"),
     # inference and evaluation
     "context_dir": Option("path", "nnU-Net dataset folder with the example pairs (imagesTr, labelsTr)"),
+    "context_images": Option("paths", "instead of context_dir: the example images, a list of files"),
+    "context_labels": Option("paths", "with context_images: their labels (generation: wanted outputs), in that order"),
     "task": Option("words", "inference: segmentation or generation; training: only these tasks"),
     "labels": Option("ints", "label values to segment; None takes all that the contexts have"),
     "context_label_channel": Option("int", "generation: the contexts' channel that is the wanted output"),
@@ -196,6 +198,11 @@ def _path(value: Any) -> str:
     return text
 
 
+def _paths(value: Any) -> list[str]:
+    listed = isinstance(value, (list, tuple)) or (isinstance(value, str) and value.strip().startswith("["))
+    return [_path(path) for path in (_sequence(value) if listed else [value])]
+
+
 _READERS: dict[str, Callable[[Any], Any]] = {
     "int": _whole,
     "count": _count,
@@ -205,6 +212,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "range": _range,
     "names": _names,
     "path": _path,
+    "paths": _paths,
     "text": str,
     "words": lambda value: value if isinstance(value, str) and not set(value) & set("[(,") else _names(value),
 }

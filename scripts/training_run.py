@@ -125,8 +125,8 @@ class TrainingRun:
             "best": self.best,
             "random": RandomState(),
         }
-        if trainer.scaler is not None:
-            self.state["scaler"] = trainer.scaler
+        if trainer.grad_scaler is not None:
+            self.state["scaler"] = trainer.grad_scaler
         if early_stop_patience is not None:
             # Ignite's own handler: MONAI's wrapper has no state to resume from
             stop = EarlyStopping(early_stop_patience, lambda engine: -engine.state.metrics["val_loss"], trainer)
@@ -146,6 +146,8 @@ class TrainingRun:
             self._restore(self.folder / LAST)
         if idist.get_rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(".*.pt.*"):  # a run that was killed while it wrote a checkpoint
+                leftover.unlink()
             write_text(json.dumps(config, indent=2, default=str), self.folder / "config.json")
             if self.collection is not None and self.collection.is_read:
                 self.collection.write_split(self.folder / SPLIT)
@@ -178,6 +180,9 @@ class TrainingRun:
         if self.trainer.state.epoch >= epochs:
             raise ValueError(f"{path} has already finished epoch {self.trainer.state.epoch} of --epochs {epochs}")
         self.trainer.state.max_epochs = epochs
+        # another number of processes deals an epoch's groups out in shares of another length
+        self.trainer.state.iteration = self.trainer.state.epoch * len(self.trainer.data_loader)
+        self.trainer.state.epoch_length = len(self.trainer.data_loader)
         self.lr_scheduler.patience = patience
         before = content["learning_rate"]
         if self.learning_rate != before:  # the schedule goes on from where it was, scaled

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 
 from scripts.checkpoint import load_network
@@ -147,6 +148,17 @@ def test_killing_one_rank_ends_the_other_and_the_run_can_be_resumed(data, tmp_pa
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert len((run / "metrics.csv").read_text().splitlines()) == 1 + epochs + 1
+
+    # and on one process: an epoch has all its groups there
+    options = SMALL | {"dataset_dir": str(data), "output_dir": str(tmp_path), "epochs": epochs + 2, "resume": True}
+    workflow = ConfigWorkflow("configs/train_stage1.json", workflow_type="train", **options)
+    workflow.initialize()
+    groups = []
+    trainer = workflow.parser.get_parsed_content("train#trainer")
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: groups.append(engine.state.epoch))
+    workflow.run()
+    workflow.finalize()
+    assert groups == [epochs + 2] * SMALL["groups_per_epoch"]
 
 
 def test_the_overlay_without_torchrun_says_what_is_missing(data, tmp_path):

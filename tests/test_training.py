@@ -3,6 +3,9 @@
 import csv
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -239,6 +242,109 @@ def test_faulty_cases_end_the_run_unless_skipped(data, tmp_path):
         train(tmp_path / "out", dataset_dir=str(tmp_path / "data"))
     assert not (tmp_path / "out" / "stage1" / "model.pt").exists()
     train(tmp_path / "out", dataset_dir=str(tmp_path / "data"), epochs=1, skip_bad_cases="true")
+
+
+KILLED = """
+import json, os, signal, sys
+import torch
+from ignite.engine import Events
+from monai.bundle import ConfigWorkflow
+
+torch.set_num_threads(2)  # as the tests have it: another number rounds differently
+where, options = sys.argv[1], json.loads(sys.argv[2])
+workflow = ConfigWorkflow("configs/train_stage1.json", workflow_type="train", **options)
+workflow.initialize()
+trainer = workflow.parser.get_parsed_content("train#trainer")
+if where == "mid-epoch":
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED(once=3), lambda engine: os.kill(os.getpid(), signal.SIGKILL)
+    )
+else:  # while the second last.pt is written
+    save, written = torch.save, []
+
+    def half(obj, f, **options):
+        save(obj, f, **options)
+        written.append(f)
+        if sum("last.pt" in str(name) for name in written) == 2:
+            with open(f, "r+b") as file:
+                file.truncate(os.path.getsize(f) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = half
+workflow.run()
+"""
+
+
+@pytest.mark.parametrize("where", ["mid-epoch", "while writing"])
+def test_a_run_that_was_killed_ends_with_the_same_weights(finished, data, tmp_path, where):
+    options = SMALL | {"dataset_dir": str(data), "output_dir": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, where, json.dumps(options)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    folder = tmp_path / "stage1"
+    assert read_checkpoint(folder / "last.pt")["trainer"]["iteration"] == 2, "the end of the first epoch"
+    assert bool(list(folder.glob(".last.pt.*"))) == (where == "while writing")
+    train(tmp_path, dataset_dir=str(data), resume=True)
+    assert same_weights(folder / "last.pt", finished / "last.pt")
+    assert same_weights(folder / "model.pt", finished / "model.pt")
+    assert [row["train_loss"] for row in rows(folder)] == [row["train_loss"] for row in rows(finished)]
+    assert not list(folder.glob(".*"))
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(data, tmp_path, monkeypatch):
+    folder = train(tmp_path, dataset_dir=str(data), epochs=1)
+    before = (folder / "last.pt").read_bytes()
+
+    def full(content, path):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"could not write .*\.pt: is the disk full \(\d+ MB free\)\?"):
+        train(tmp_path, dataset_dir=str(data), epochs=2, resume=True)
+    assert (folder / "last.pt").read_bytes() == before
+
+
+def test_several_tasks_in_one_run(data, tmp_path):
+    described = [
+        {"dataset": "Dataset900_Synthetic000"},
+        {"dataset": "Dataset900_Synthetic000", "task": "inpainting", "loss_weight": 0.5},
+        {"dataset": "synthetic", "task": "gaussian_denoising"},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": described}))
+    options = {"groups_per_epoch": 4, "val_groups": 3, "synthetic_cohorts": 1, "synthetic_subjects": 6}
+    options |= {"dataset_dir": str(data), "collection_file": str(tmp_path / "rows.json")}
+    folder = train(tmp_path, epochs=2, **options)
+    (first, *_) = rows(folder)
+    assert 0 <= float(first["val_dice"]) <= 1 and float(first["val_psnr"]) > 0
+    used = json.loads((folder / "rows.json").read_text())
+    assert [(row["task"], row["loss_weight"]) for row in used] == [
+        ("segmentation", 1), ("inpainting", 0.5), ("gaussian_denoising", 1)
+    ]  # fmt: skip
+    only = train(tmp_path / "only", epochs=1, task="inpainting", **options)
+    assert [row["task"] for row in json.loads((only / "rows.json").read_text())] == ["inpainting"]
+    assert rows(only)[0]["val_dice"] == "" and float(rows(only)[0]["train_psnr"]) > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"amp": "TRUE"},
+        {"amp": True, "amp_dtype": "float16"},
+        {"activation_checkpointing": True, "accumulation_steps": 3},
+        {"augment": "false", "unpair_fraction": 0.5},
+        {"gin_prob": 1.0, "flip_prob": 1.0, "elastic_prob": 1.0},
+    ],
+    ids=lambda options: "+".join(options),
+)
+def test_options_of_the_step(data, tmp_path, options):
+    folder = train(tmp_path, dataset_dir=str(data), epochs=2, **options)
+    assert all(float(row["val_loss"]) > 0 for row in rows(folder))
+
+
+def test_augmentation_is_part_of_training_unless_switched_off(finished, data, tmp_path):
+    plain = train(tmp_path, dataset_dir=str(data), augment="False")
+    assert not same_weights(plain / "last.pt", finished / "last.pt")
 
 
 class Counting(torch.nn.Module):

@@ -41,7 +41,7 @@ def main() -> None:
         Events.ITERATION_COMPLETED,
         lambda engine: (
             report["cases"].append(engine.state.batch["cases"][0]),
-            report["losses"].append(engine.state.output["loss"].item()),
+            report["losses"].append(engine.state.output[0]["loss"].item()),
         ),
     )
     trainer.add_event_handler(

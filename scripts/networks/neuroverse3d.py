@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise as neighbours
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -165,13 +166,13 @@ class Neuroverse3D(nn.Module):
         """Target encoder, context U-Net, target decoder."""
         return self.target_encoder, self.context_unet, self.target_decoder
 
-    def compile_parts(self) -> None:
-        """Compile the parts with ``torch.compile``, in place; names of parameters stay as they are.
+    def compile_parts(self, **options: Any) -> None:
+        """Compile the parts with ``torch.compile`` and its options, in place; names of parameters stay as they are.
 
         The loop over mini-contexts stays outside, for its length and its use of gradients vary.
         """
         for part in self.parts():
-            part.compile()
+            part.compile(**options)
 
     @property
     def divisor(self) -> int:

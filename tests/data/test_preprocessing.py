@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from monai.data import MetaTensor
 
 from scripts.data import Preprocessing, preprocessing
-from scripts.data.preprocessing import LoadPair, fit_spacing, load_volume
+from scripts.data.preprocessing import LoadCase, fit_spacing, load_volume
 from scripts.data.volumes import VolumeError
 
 ORIENTATIONS = [
@@ -356,8 +356,13 @@ def test_load_pair_reads_a_case(write_nifti, tmp_path):
         "image": str(write_nifti(tmp_path / "i.nii.gz", noise((8, 8, 8)))),
         "label": str(write_nifti(tmp_path / "l.nii.gz", ball((8, 8, 8), (4, 4, 4), 2).astype(np.uint8))),
     }
-    pair = LoadPair(Preprocessing((8, 8, 8), 1.0))(case)
-    assert set(pair) == {"image", "label"} and pair["label"].sum() == ball((8, 8, 8), (4, 4, 4), 2).sum()
+    load = LoadCase(Preprocessing((8, 8, 8), 1.0))
+    pair = load(case)
+    assert set(pair) == {"image", "answer"} and pair["answer"].sum() == ball((8, 8, 8), (4, 4, 4), 2).sum()
+    alone = load({"image": case["image"]})
+    assert set(alone) == {"image"} and alone["image"].shape == (1, 8, 8, 8) and alone["image"].max() == 1
+    both = load({"image": case["image"], "output": case["image"]})
+    assert torch.equal(both["image"], both["answer"]) and both["answer"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "text"])

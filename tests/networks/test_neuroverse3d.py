@@ -425,3 +425,13 @@ def test_grid_travels_as_a_buffer():
     assert tiny().state_dict()["grid"].tolist() == [128, 128, 128]
     assert tiny(spatial_size=(32, 48, 32)).grid.tolist() == [32, 48, 32]
     assert "grid" not in dict(tiny().named_parameters())
+
+
+def test_compiled_parts_compute_the_same():
+    network = Neuroverse3D(channels=(4, 8), spatial_size=8).eval()
+    target, contexts = torch.rand(1, 1, 8, 8, 8), torch.rand(1, 3, 1, 8, 8, 8)
+    names, expected = list(network.state_dict()), network(target, contexts, contexts, 2)
+    network.compile_parts(backend="aot_eager")  # traces as the default does, without compiling C++
+    assert torch.allclose(network(target, contexts, contexts, 2), expected, atol=1e-6)
+    network.train()(target, contexts, contexts, 2).mean().backward()
+    assert all(p.grad is not None for p in network.parameters()) and list(network.state_dict()) == names

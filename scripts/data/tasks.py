@@ -188,7 +188,7 @@ class Corruption(Task):
         spoilt = torch.zeros_like(image)
         if not image.any():
             return spoilt, image
-        # What lies around the box of the voxels above 0 is padding of the grid, or masked out: a scan has no noise there
+        # around the box of the voxels above 0 there is padding of the grid, or what was masked out: no scan, no noise
         start, end = generate_spatial_bounding_box(image, allow_smaller=True)
         box = (slice(None), *(slice(a, b) for a, b in zip(start, end, strict=True)))
         corrupted = self._corrupt(image[box], setting, rng)

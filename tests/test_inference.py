@@ -11,10 +11,10 @@ from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 from PIL import Image
 
-from scripts.commandline import root_cause
 from scripts.data.synthesis import synthesize_cohort, write_cohorts
 from scripts.inferer import ICLInferer, as_volume
 from scripts.networks import Neuroverse3D
+from tests.workflows import run_workflow
 
 
 class LabelAverage(torch.nn.Module):
@@ -68,18 +68,7 @@ def weights(tmp_path_factory):
 
 def infer(output_dir, data, weights, **options):
     options = {"dataset_dir": str(data), "context_dir": str(data), "context_size": 3, "device": "cpu"} | options
-    workflow = ConfigWorkflow(
-        "configs/inference.json",
-        workflow_type="infer",
-        output_dir=str(output_dir),
-        checkpoint=str(weights),
-        **options,
-    )
-    workflow.initialize()
-    try:
-        workflow.run()
-    except RuntimeError as error:
-        raise root_cause(error) from None
+    run_workflow("inference", output_dir=str(output_dir), checkpoint=str(weights), **options)
     return json.loads((output_dir / "report.json").read_text())
 
 

@@ -14,20 +14,9 @@ from monai.bundle import ConfigWorkflow
 
 from scripts.checkpoint import load_network
 from scripts.data.synthesis import write_cohorts
+from tests.workflows import SMALL, run_workflow
 
-SMALL = {
-    "channels": [4, 8],
-    "spatial_size": 16,
-    "epochs": 2,
-    "groups_per_epoch": 4,
-    "val_groups": 3,
-    "context_size": 2,
-    "val_context_size": 2,
-    "learning_rate": 1e-3,
-    "num_workers": 0,
-    "image_interval": 0,
-    "device": "cpu",
-}
+OPTIONS = SMALL | {"groups_per_epoch": 4, "val_groups": 3, "image_interval": 0}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -52,7 +41,7 @@ def start(*arguments, **options):
 
 def command(output_dir, data, **options):
     """The documented command line."""
-    values = {"dataset_dir": data, "output_dir": output_dir} | SMALL | options
+    values = {"dataset_dir": data, "output_dir": output_dir} | OPTIONS | options
     flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
     configs = "['configs/train_stage1.json','configs/multi_gpu_train.json']"
     return ["-m", "monai.bundle", "run", "--config_file", configs, *flags]
@@ -63,7 +52,7 @@ def reports(data, tmp_path_factory):
     """Stage -> what each of the two ranks saw, and the folder of the run."""
     folder, found = tmp_path_factory.mktemp("run"), {}
     for stage in ("stage1", "stage2"):
-        options = SMALL | {"dataset_dir": str(data), "output_dir": str(folder)}
+        options = OPTIONS | {"dataset_dir": str(data), "output_dir": str(folder)}
         if stage == "stage2":
             del options["channels"]
             options["context_size"] = [1, 4]
@@ -99,20 +88,16 @@ def test_metrics_are_those_of_all_ranks(reports, stage):
 def test_validation_is_that_of_one_process(reports, data, tmp_path):
     folder = reports[1] / "stage1"
     best = min(metrics["val_loss"] for metrics in reports[0]["stage1"][0]["metrics"])
-    options = SMALL | {"channels": None, "epochs": 1, "groups_per_epoch": 1, "learning_rate": 0.0}
-    workflow = ConfigWorkflow(
-        "configs/train_stage1.json",
-        workflow_type="train",
+    options = OPTIONS | {"channels": None, "epochs": 1, "groups_per_epoch": 1, "learning_rate": 0.0}
+    workflow = run_workflow(
+        "train_stage1",
         dataset_dir=str(data),
         output_dir=str(tmp_path),
         init_checkpoint=str(folder / "model.pt"),
         split_file=str(folder / "splits.json"),
         **options,
     )
-    workflow.initialize()
-    workflow.run()
     alone = workflow.parser.get_parsed_content("validate#evaluator").state.metrics["val_loss"]
-    workflow.finalize()
     assert alone == pytest.approx(best, rel=1e-4), "three groups, dealt out to two ranks without repetition"
 
 
@@ -150,7 +135,7 @@ def test_killing_one_rank_ends_the_other_and_the_run_can_be_resumed(data, tmp_pa
     assert len((run / "metrics.csv").read_text().splitlines()) == 1 + epochs + 1
 
     # and on one process: an epoch has all its groups there
-    options = SMALL | {"dataset_dir": str(data), "output_dir": str(tmp_path), "epochs": epochs + 2, "resume": True}
+    options = OPTIONS | {"dataset_dir": str(data), "output_dir": str(tmp_path), "epochs": epochs + 2, "resume": True}
     workflow = ConfigWorkflow("configs/train_stage1.json", workflow_type="train", **options)
     workflow.initialize()
     groups = []
@@ -158,7 +143,7 @@ def test_killing_one_rank_ends_the_other_and_the_run_can_be_resumed(data, tmp_pa
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: groups.append(engine.state.epoch))
     workflow.run()
     workflow.finalize()
-    assert groups == [epochs + 2] * SMALL["groups_per_epoch"]
+    assert groups == [epochs + 2] * OPTIONS["groups_per_epoch"]
 
 
 def test_the_overlay_without_torchrun_says_what_is_missing(data, tmp_path):

@@ -8,21 +8,11 @@ import pytest
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
 
-from scripts.commandline import _tracking_ids, root_cause
+from scripts.commandline import _tracking_ids
 from scripts.data.synthesis import write_cohorts
+from tests.workflows import SMALL, run_workflow
 
-SMALL = {
-    "channels": [4, 8],
-    "spatial_size": 16,
-    "epochs": 2,
-    "groups_per_epoch": 2,
-    "val_groups": 1,
-    "context_size": 2,
-    "val_context_size": 2,
-    "val_interval": 2,
-    "num_workers": 0,
-    "device": "cpu",
-}
+OPTIONS = SMALL | {"val_groups": 1, "val_interval": 2}
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +23,8 @@ def data(tmp_path_factory):
 
 
 def train(data, output_dir, tracking=None, stage="stage1", **options):
-    options = SMALL | {"dataset_dir": str(data), "output_dir": str(output_dir)} | options
-    workflow = ConfigWorkflow(
-        f"configs/train_{stage}.json", workflow_type="train", tracking=tracking, **options
-    )  # fmt: skip
-    workflow.initialize()
-    try:
-        workflow.run()
-    except RuntimeError as error:
-        raise root_cause(error) from None
-    workflow.finalize()
-    return workflow
+    options = OPTIONS | {"dataset_dir": str(data), "output_dir": str(output_dir)} | options
+    return run_workflow(f"train_{stage}", tracking=tracking, **options)
 
 
 def rows(folder):

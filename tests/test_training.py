@@ -9,25 +9,11 @@ import sys
 
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
 
 from scripts.checkpoint import load_network, read_checkpoint
-from scripts.commandline import root_cause
 from scripts.data.synthesis import write_cohorts
 from scripts.engine import GroupTrainer, episode_scores, prepare_episode
-
-SMALL = {
-    "channels": [4, 8],
-    "spatial_size": 16,
-    "epochs": 2,
-    "groups_per_epoch": 2,
-    "val_groups": 2,
-    "context_size": 2,
-    "val_context_size": 2,
-    "learning_rate": 1e-3,
-    "num_workers": 0,
-    "device": "cpu",
-}
+from tests.workflows import SMALL, run_workflow
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +24,7 @@ def data(tmp_path_factory):
 
 
 def train(output_dir, stage="stage1", **options):
-    workflow = ConfigWorkflow(
-        f"configs/train_{stage}.json", workflow_type="train", output_dir=str(output_dir), **(SMALL | options)
-    )
-    workflow.initialize()
-    try:
-        workflow.run()
-    except RuntimeError as error:
-        raise root_cause(error) from None
-    workflow.finalize()
+    run_workflow(f"train_{stage}", output_dir=str(output_dir), **(SMALL | options))
     return output_dir / stage
 
 

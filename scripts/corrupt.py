@@ -20,11 +20,13 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from monai.data import MetaTensor
+from monai.transforms import ScaleIntensityRangePercentiles
 from tqdm import tqdm
 
 from scripts.atomic import put_folder_in_place, write_json
 from scripts.data.integrity import inspect_cases, sound_cases
 from scripts.data.nnunet import Case, find_targets
+from scripts.data.preprocessing import PERCENTILES
 from scripts.data.tasks import Setting, Task, find_task
 from scripts.data.volumes import VolumeError, load_volume
 from scripts.options import flag, normalise
@@ -38,13 +40,15 @@ def corrupt(
     task: str,
     channel: int = 0,
     seed: int = 0,
+    rescale: bool = False,
     skip_bad_cases: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Write every image twice, corrupted and clean, as a two-channel nnU-Net dataset.
 
     How strong and of which kind the corruption is gets drawn once for the dataset and noted in its dataset.json;
-    noise, field or mask are drawn for each case. Voxels, affine and intensity range are those of the clean image.
+    noise, field or mask are drawn for each case. Voxels and affine are those of the clean image, and so is the
+    intensity range unless ``rescale`` is given.
 
     Args:
         dataset_dir: clean images: an nnU-Net dataset (its imagesTs, else its imagesTr), a folder of images or one file.
@@ -52,6 +56,8 @@ def corrupt(
         task: bias_correction, gaussian_denoising, salt_pepper_denoising, inpainting, super_resolution or 2d_to_3d.
         channel: image channel of an nnU-Net dataset.
         seed: the same seed gives the same data.
+        rescale: clip clean images to their 0.5 and 99.5 percentiles and scale them to [0, 1], for scans whose raw
+            intensities are not on one scale: answers have the mean range of the contexts.
         skip_bad_cases: go on without faulty images instead of stopping.
         overwrite: replace a dataset that this program made.
     """
@@ -69,7 +75,7 @@ def corrupt(
     # a hidden sibling: same file system, so that the dataset can be renamed into its place in one step
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".corrupt-") as staging:
         made = Path(staging) / folder.name
-        _write_dataset(made, cases, chosen, setting, seed)
+        _write_dataset(made, cases, chosen, setting, seed, flag(rescale))
         put_folder_in_place(made, folder, Path(staging) / "replaced")
     print(f"{folder}: {len(cases)} cases, {task} with {setting}")
 
@@ -89,10 +95,13 @@ def _check_place(folder: Path, source: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{folder} was not made by scripts.corrupt, so it stays: give another --output_dir")
 
 
-def _write_dataset(folder: Path, cases: Sequence[Case], task: Task, setting: Setting, seed: int) -> None:
+def _write_dataset(folder: Path, cases: Sequence[Case], task: Task, setting: Setting, seed: int, rescale: bool) -> None:
+    to_unit = ScaleIntensityRangePercentiles(*PERCENTILES, 0.0, 1.0, clip=True)
     (folder / "imagesTr").mkdir(parents=True)
     for case in tqdm(cases, desc=task.name, unit="case"):
         clean = load_volume(case["image"])
+        if rescale:
+            clean = to_unit(clean)
         low, high = float(clean.min()), float(clean.max())
         if not low < high:
             raise VolumeError(case["image"], f"is {low:g} everywhere: there is nothing to restore")

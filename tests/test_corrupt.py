@@ -95,6 +95,19 @@ def test_a_sound_dataset_on_the_clean_images_voxels(clean, out, task, capsys):
     assert len(inspected) == 4 and not any(case["problems"] for case in inspected)
 
 
+def test_rescaled_scans_are_on_one_scale(clean, out, write_nifti):
+    image = nib.load(clean / "case_1.nii.gz")
+    write_nifti(clean / "case_1.nii.gz", image.get_fdata() * 70 + 30000, image.affine)  # another scanner
+    corrupt(str(clean), str(out), "inpainting", rescale="true")
+    for case in range(4):
+        spoilt, whole = (read(out, f"case_{case}", channel).get_fdata() for channel in (0, 1))
+        assert (whole.min(), whole.max()) == (0, 1) and spoilt.min() >= 0 and spoilt.max() <= 1.001
+        kept = spoilt > 0
+        assert np.corrcoef(spoilt[kept], whole[kept])[0, 1] > 0.99
+    source = nib.load(clean / "case_1.nii.gz").get_fdata()
+    assert np.corrcoef(source.flatten(), read(out, "case_1", 1).get_fdata().flatten())[0, 1] > 0.99
+
+
 def test_the_seed_decides_and_a_case_does_not_hang_on_the_others(clean, out, tmp_path):
     made = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

@@ -15,6 +15,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from scripts.atomic import write_text
 from scripts.commandline import main
 from scripts.demo import run_bundle
 
@@ -40,8 +41,10 @@ def late_unpairing(
     data, scores = shlex.quote(dataset_dir), {}
     for fraction in fractions:
         folder = Path(output_dir) / f"unpaired_{fraction:g}"
-        out, summary = shlex.quote(str(folder)), folder / "scores" / "summary.json"
-        if not summary.is_file():
+        out, summary, made_with = shlex.quote(str(folder)), folder / "scores" / "summary.json", folder / "settings.json"
+        settings = json.dumps([dataset_dir, epochs, context_size, options])
+        if not summary.is_file() or not made_with.is_file() or made_with.read_text(encoding="utf-8") != settings:
+            made_with.unlink(missing_ok=True)
             run_bundle(
                 "train_stage1",
                 f"--dataset_dir {data} --output_dir {out} --test_fraction 0.2 --unpair_fraction {fraction} "
@@ -58,6 +61,7 @@ def late_unpairing(
                 f"--prediction_dir {out}/answers --reference_dir {data}/labelsTr --output_dir {out}/scores "
                 "--overwrite true",
             )
+            write_text(settings, made_with)
         scores[fraction] = json.loads(summary.read_text(encoding="utf-8"))["mean"]["dice"]
     print("\nunpaired  mean Dice  95 % interval")
     for fraction, dice in scores.items():

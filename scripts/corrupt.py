@@ -27,7 +27,7 @@ from scripts.atomic import put_folder_in_place, write_json
 from scripts.data.integrity import inspect_cases, sound_cases
 from scripts.data.nnunet import Case, find_targets
 from scripts.data.preprocessing import PERCENTILES
-from scripts.data.tasks import Setting, Task, find_task
+from scripts.data.tasks import Corruption, Setting, find_task
 from scripts.data.volumes import VolumeError, load_volume
 from scripts.options import flag, normalise
 
@@ -47,8 +47,8 @@ def corrupt(
     """Write every image twice, corrupted and clean, as a two-channel nnU-Net dataset.
 
     How strong and of which kind the corruption is gets drawn once for the dataset and noted in its dataset.json;
-    noise, field or mask are drawn for each case. Voxels and affine are those of the clean image, and so is the
-    intensity range unless ``rescale`` is given.
+    noise, field or mask are drawn for each case. Voxels, affine and units of intensity are those of the clean
+    image, so that noise and the like count in a comparison and nothing else does.
 
     Args:
         dataset_dir: clean images: an nnU-Net dataset (its imagesTs, else its imagesTr), a folder of images or one file.
@@ -62,7 +62,7 @@ def corrupt(
         overwrite: replace a dataset that this program made.
     """
     chosen = find_task(task)
-    if chosen.reads != "image":
+    if not isinstance(chosen, Corruption):
         raise ValueError(f"--task {task} needs no corruption: what it is to produce is in the data already")
     seed = normalise("seed", seed)
     if seed is None or seed < 0:
@@ -95,7 +95,9 @@ def _check_place(folder: Path, source: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{folder} was not made by scripts.corrupt, so it stays: give another --output_dir")
 
 
-def _write_dataset(folder: Path, cases: Sequence[Case], task: Task, setting: Setting, seed: int, rescale: bool) -> None:
+def _write_dataset(
+    folder: Path, cases: Sequence[Case], task: Corruption, setting: Setting, seed: int, rescale: bool
+) -> None:
     to_unit = ScaleIntensityRangePercentiles(*PERCENTILES, 0.0, 1.0, clip=True)
     (folder / "imagesTr").mkdir(parents=True)
     for case in tqdm(cases, desc=task.name, unit="case"):
@@ -106,7 +108,7 @@ def _write_dataset(folder: Path, cases: Sequence[Case], task: Task, setting: Set
         if not low < high:
             raise VolumeError(case["image"], f"is {low:g} everywhere: there is nothing to restore")
         rng = np.random.default_rng([seed, *case["case"].encode()])  # does not hang on which other cases there are
-        corrupted, _ = task((clean - low) / (high - low), None, setting, rng)
+        corrupted = task.corrupt(((clean - low) / (high - low)).as_tensor(), setting, rng)
         for number, volume in enumerate((corrupted * (high - low) + low, clean)):
             _write_nifti(volume, clean, folder / "imagesTr" / f"{case['case']}_{number:04d}.nii.gz")
     description: dict[str, Any] = {

@@ -14,25 +14,31 @@ TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others: reading and checking a large collection is done by the first one alone."""
 
 
-def join_processes() -> None:
-    """Join the processes that torchrun started: NCCL where there are GPUs, else gloo.
+def join_processes(device: str, val_groups: int) -> None:
+    """Join the processes that torchrun started: through NCCL on GPUs, else gloo.
+
+    Args:
+        device: this process's device.
+        val_groups: validation groups, of which every process needs one.
 
     Raises:
-        ValueError: not started by torchrun, or more processes than GPUs.
+        ValueError: not started by torchrun, more processes than GPUs, or more than validation groups.
     """
     if "RANK" not in os.environ:
         raise ValueError(
             "multi_gpu_train.json needs torchrun: torchrun --standalone --nproc_per_node=N -m monai.bundle"
         )
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
+    if val_groups < int(os.environ["WORLD_SIZE"]):
+        raise ValueError(f"--val_groups {val_groups} is less than one for each of {os.environ['WORLD_SIZE']} processes")
+    local_rank, on_gpu = int(os.environ["LOCAL_RANK"]), str(device).startswith("cuda")
+    if on_gpu:
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"{os.environ['LOCAL_WORLD_SIZE']} processes, but {torch.cuda.device_count()} GPUs are visible: "
                 "lower --nproc_per_node or check CUDA_VISIBLE_DEVICES"
             )
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     idist.sync()  # lets Ignite know; without it its handlers wait for each other forever
     if idist.get_rank() > 0:
         logging.getLogger().setLevel(logging.WARNING)

@@ -108,15 +108,17 @@ class GroupTrainer(SupervisedTrainer):
             first = (done + target) % self.accumulation_steps == 0
             last = done + target + 1 == self.state.epoch_length * members
             self.steps_now = last or (done + target + 1) % self.accumulation_steps == 0
-            outputs.append(self._episode({**batchdata, "target": target}, first))
+            begun = (done + target) // self.accumulation_steps * self.accumulation_steps
+            share = min(self.accumulation_steps, self.state.epoch_length * members - begun)
+            outputs.append(self._episode({**batchdata, "target": target}, first, share))
         output = self.state.output
         for name in ("loss", "dice", "psnr"):
             values = [found[name] for found in outputs if found[name] is not None]
             output[name] = torch.stack(values).mean() if values else None
         return [output]
 
-    def _episode(self, batchdata: dict[str, Any], first: bool) -> dict[str, Tensor | None]:
-        """Forward, backward and, where it is due, a step; MONAI's order of events."""
+    def _episode(self, batchdata: dict[str, Any], first: bool, share: int) -> dict[str, Tensor | None]:
+        """Forward, backward and, where it is due, a step for ``share`` episodes; MONAI's order of events."""
         inputs, label, args, kwargs = self.prepare_batch(
             batchdata, self.state.device, self.non_blocking, **self.to_kwargs
         )
@@ -131,7 +133,7 @@ class GroupTrainer(SupervisedTrainer):
             weighted = {} if (weight == 1).all() else {"group_weight": weight.to(label.device)}  # any loss will do then
             output[Keys.LOSS] = self.loss_function(output[Keys.PRED], label, **weighted).mean()
             self.fire_event(IterationEvents.LOSS_COMPLETED)
-            loss = output[Keys.LOSS] / self.accumulation_steps
+            loss = output[Keys.LOSS] / share
             (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
         if self.grad_scaler is not None and self.steps_now:
             self.grad_scaler.unscale_(self.optimizer)

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from monai.transforms import ScaleIntensity
 from torch import Tensor
 
 
@@ -26,6 +27,7 @@ class GlobalIntensityNonlinear:
         channels: between them.
         kernel_sizes: drawn from for each layer; odd.
         alpha: range of the network's share.
+        unit_range: scale each answer to [0, 1] at the end, the range of all images that the network gets in use.
 
     Raises:
         ValueError: an argument is out of range.
@@ -37,6 +39,7 @@ class GlobalIntensityNonlinear:
         channels: int = 10,
         kernel_sizes: Sequence[int] = (1, 3),
         alpha: tuple[float, float] = (0.7, 1.0),
+        unit_range: bool = True,
     ) -> None:
         if layers < 1 or channels < 1:
             raise ValueError(f"layers and channels must be at least 1, got {layers} and {channels}")
@@ -47,6 +50,7 @@ class GlobalIntensityNonlinear:
         self.widths = (1, *[channels] * (layers - 1), 1)
         self.kernel_sizes = tuple(kernel_sizes)
         self.alpha = tuple(alpha)
+        self.unit_range = bool(unit_range)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, seed: int) -> Tensor:
@@ -57,7 +61,8 @@ class GlobalIntensityNonlinear:
             seed: from 0 to 2⁶⁴ - 1; decides the network, on any device.
 
         Returns:
-            Of the same shape, device and type; each image with its own Frobenius norm as before, values of any sign.
+            Of the same shape, device and type, in [0, 1]; without ``unit_range`` each image has its own Frobenius norm
+            as before, and values of any sign.
 
         Raises:
             ValueError: images of another shape or type, or a negative seed.
@@ -69,7 +74,8 @@ class GlobalIntensityNonlinear:
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}: a group of seed -1 gets no GIN")
         network, alpha = self._draw(seed, images.device)
-        return torch.cat([_show(image, network, alpha) for image in images.split(1)])
+        shown = torch.cat([_show(image, network, alpha) for image in images.split(1)])
+        return torch.cat([ScaleIntensity(0.0, 1.0)(image) for image in shown.split(1)]) if self.unit_range else shown
 
     def _draw(self, seed: int, device: torch.device) -> tuple[list[tuple[Tensor, Tensor]], float]:
         """Weights and biases of each layer, and alpha; drawn on the CPU, whose numbers no device changes."""

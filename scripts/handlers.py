@@ -61,9 +61,10 @@ class StopOnNan:
             FloatingPointError: the loss is NaN or infinite.
         """
         if not torch.isfinite(engine.state.output["loss"]):
+            remedy = "lower --learning_rate" if engine.grad_scaler is None else "use --amp_dtype bfloat16"
             raise FloatingPointError(
                 f"the loss became {engine.state.output['loss'].item()} in epoch {engine.state.epoch} "
-                f"(cases {engine.state.batch.get('cases')}): lower --learning_rate and go on with --resume true"
+                f"(cases {engine.state.batch.get('cases')}): {remedy} and go on with --resume true"
             )
 
 

@@ -56,9 +56,10 @@ def claim_folder(folder: str, resume: bool = False, overwrite: bool = False) -> 
 
 def clear_folder(folder: str) -> None:
     """Delete the run in a folder."""
-    for name in _HELD:
+    for name in (*_HELD, SPLIT, "rows.json", "config.json"):
         (Path(folder) / name).unlink(missing_ok=True)
-    shutil.rmtree(Path(folder) / "tensorboard", ignore_errors=True)
+    for name in ("tensorboard", "wandb"):
+        shutil.rmtree(Path(folder) / name, ignore_errors=True)
 
 
 def prepare_in_turn(*datasets: EpisodeDataset) -> None:
@@ -195,7 +196,10 @@ class TrainingRun:
     def _save(self, engine: Engine) -> None:
         writes = idist.get_rank() == 0
         if self.evaluator.state.epoch == engine.state.epoch:  # validated in this epoch
-            if self.best.improves(float(self.evaluator.state.metrics["val_loss"])) and writes:
+            val_loss = float(self.evaluator.state.metrics["val_loss"])
+            if not np.isfinite(val_loss):
+                logger.warning("the validation loss is %s: these weights are not kept as the best", val_loss)
+            if self.best.improves(val_loss) and writes:
                 atomic_save(self.network.state_dict(), self.folder / BEST)
         if not writes:
             return

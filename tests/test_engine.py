@@ -98,6 +98,18 @@ def test_accumulated_gradients_are_the_mean_s_gradient():
     assert trainer.scales[0] == pytest.approx(1 - 0.1 * network.scale.grad.item(), rel=1e-5)
 
 
+def test_the_rest_of_an_epoch_is_a_mean_too():
+    seen = []
+    trainer = trainer_of([group(members=3, seed=1)], accumulation_steps=2, lr=0.0)
+    network = trainer.network
+    trainer.add_event_handler(IterationEvents.MODEL_COMPLETED, lambda engine: seen.append(network.scale.grad.item()))
+    trainer.run()
+    images, labels = (group(members=3, seed=1)[name][0] for name in ("image", "label"))
+    alone = Scale()
+    SmoothL3L1Loss()(images[2] * alone.scale, labels[2]).backward()
+    assert seen[2] == pytest.approx(alone.scale.grad.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("accumulation_steps, steps", [(1, 9), (2, 5), (4, 3), (9, 1), (20, 1)])
 def test_steps_of_an_epoch(accumulation_steps, steps):
     trainer = trainer_of([group(seed=s) for s in range(3)], accumulation_steps=accumulation_steps)

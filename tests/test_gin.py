@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from scripts.data.synthesis import synthesize_cohort
 from scripts.gin import GlobalIntensityNonlinear
 
-gin = GlobalIntensityNonlinear()
+gin = GlobalIntensityNonlinear(unit_range=False)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_contrast_changes_in_many_ways(images):
 
 def test_kernels_of_one_voxel_make_a_curve_of_intensity():
     image = torch.linspace(0, 1, 64).repeat(8).reshape(1, 1, 8, 8, 8)
-    shown = GlobalIntensityNonlinear(kernel_sizes=(1,))(image, 1).reshape(8, 64)
+    shown = GlobalIntensityNonlinear(kernel_sizes=(1,), unit_range=False)(image, 1).reshape(8, 64)
     assert torch.allclose(shown, shown[:1].expand_as(shown), atol=1e-5)
 
 
@@ -76,9 +76,9 @@ def test_kernel_sizes_are_drawn_per_layer(images, monkeypatch):
 
 
 def test_alpha_weighs_the_network(images):
-    assert torch.allclose(GlobalIntensityNonlinear(alpha=(0, 0))(images, 1), images, atol=1e-6)
-    network = GlobalIntensityNonlinear(alpha=(1, 1))(images, 1)
-    half = GlobalIntensityNonlinear(alpha=(0.5, 0.5))(images, 1)
+    assert torch.allclose(GlobalIntensityNonlinear(alpha=(0, 0), unit_range=False)(images, 1), images, atol=1e-6)
+    network = GlobalIntensityNonlinear(alpha=(1, 1), unit_range=False)(images, 1)
+    half = GlobalIntensityNonlinear(alpha=(0.5, 0.5), unit_range=False)(images, 1)
     assert (half - images).norm() > 0 and (network - images).norm() > (half - images).norm()
 
 
@@ -141,3 +141,12 @@ def test_refuses_the_seed_of_no_gin(images):
 def test_refuses_bad_settings(kwargs, name):
     with pytest.raises(ValueError, match=name):
         GlobalIntensityNonlinear(**kwargs)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_answers_have_the_range_of_all_inputs(seed):
+    images = torch.rand(3, 1, 12, 12, 12)
+    shown, free = GlobalIntensityNonlinear()(images, seed), gin(images, seed)
+    for member, plain in zip(shown, free, strict=True):
+        assert (member.min(), member.max()) == (0, pytest.approx(1))
+        assert torch.allclose(member, (plain - plain.min()) / (plain.max() - plain.min()), atol=1e-5)

@@ -152,3 +152,9 @@ def test_the_overlay_without_torchrun_says_what_is_missing(data, tmp_path):
         [sys.executable, *command(tmp_path, data)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1 and "error: multi_gpu_train.json needs torchrun" in done.stderr
+
+
+def test_fewer_validation_groups_than_processes(data, tmp_path):
+    process = start(*command(tmp_path, data, val_groups=1))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "error: --val_groups 1 is less than one for each of 2 processes" in output

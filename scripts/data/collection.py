@@ -148,15 +148,16 @@ class Collection:
             by_name = {dataset.name: [dataset] for dataset in datasets}
             return [(row, by_name[row.dataset]) for row in default_rows(datasets, self.channel, self.tasks)]
         rows = [row for row in read_rows(self.collection_file) if not self.tasks or row.task in self.tasks]
-        if self.datasets is not None:
-            rows = [row for row in rows if {row.dataset, row.dataset.split("_")[0]} & set(self.datasets)]
         rows = [row for row in rows if row.draw_weight > 0]
-        if not rows:
-            raise DatasetError(f"{self.collection_file}: no row is left by --task, --datasets and draw_weight")
         real = {row.dataset for row in rows} - {SYNTHETIC}
-        if real and self.dataset_dir is None:
+        if (real or self.datasets) and self.dataset_dir is None:
             raise DatasetError(f"{self.collection_file} names {', '.join(sorted(real))}: give --dataset_dir")
         by_name = {name: find_datasets(self.dataset_dir, [name]) for name in sorted(real)}
+        if self.datasets is not None:
+            chosen = {dataset.name for dataset in find_datasets(self.dataset_dir, self.datasets)}
+            rows = [row for row in rows if row.dataset in real and by_name[row.dataset][0].name in chosen]
+        if not rows:
+            raise DatasetError(f"{self.collection_file}: no row is left by --task, --datasets and draw_weight")
         if SYNTHETIC in {row.dataset for row in rows}:
             by_name[SYNTHETIC] = find_datasets(self._synthesise())
         return [(row, by_name[row.dataset]) for row in rows]

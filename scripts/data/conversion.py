@@ -110,6 +110,10 @@ def write_dataset(
     return WrittenDataset(folder, training, len(sound) - training, labels if masks else None, counts)
 
 
+_PARTS = {"imagesTr", "labelsTr", "imagesTs", "labelsTs", "dataset.json"}
+"""What a dataset of this program consists of."""
+
+
 def _check_free(folder: Path, overwrite: bool) -> None:
     number = folder.name.partition("_")[0]
     for found in sorted(folder.parent.glob(f"{number}_*")):
@@ -117,6 +121,11 @@ def _check_free(folder: Path, overwrite: bool) -> None:
             raise FileExistsError(f"{found} has the number of {folder.name}: give another --dataset_id or --output_dir")
         if not overwrite:
             raise FileExistsError(f"{found} exists: give another --dataset_id, or --overwrite true to replace it")
+        foreign = sorted(path.name for path in found.iterdir() if path.name not in _PARTS)
+        if foreign:
+            raise FileExistsError(
+                f"{found} also holds {', '.join(foreign[:3])}, which --overwrite true would delete: move it away"
+            )
 
 
 def _check_not_source(raw: RawDataset, folder: Path) -> None:
@@ -197,7 +206,8 @@ def _inspect(cases: Sequence[Case], known_values: list[int] | None) -> list[Case
         for case, pair in zip(inspected, inspect_cases(pairs), strict=True):
             # "output" is channel 0000, of which what it has alone is known already
             found = [text for text in pair["problems"] if not text.startswith("output ")]
-            case["problems"] += [f"channel {number:04d}: {t.replace('output', 'channel 0000')}" for t in found]
+            both = "image and channel 0000"
+            case["problems"] += [f"channel {number:04d}: {t.replace('image and output', both)}" for t in found]
     return [*inspected, *(case for case in cases if "problems" in case)]
 
 
@@ -286,6 +296,10 @@ def _as_nifti(source: Path) -> nib.Nifti1Image:
         voxels = optional_import("nrrd")[0].read(str(source))[0]
     else:
         voxels = np.asanyarray(nib.load(source).dataobj)
+    if voxels.dtype in (np.int64, np.uint64):  # NIfTI readers of others know no such integers
+        if voxels.min() < np.iinfo(np.int32).min or voxels.max() > np.iinfo(np.int32).max:
+            raise VolumeError(source, "holds integers of more than 32 bits")
+        voxels = voxels.astype(np.int32)
     return _nifti(voxels.reshape(volume.shape[1:]), volume.affine.numpy())
 
 

@@ -45,6 +45,8 @@ def read_decathlon(root: str | Path, masks: bool = True) -> RawDataset:
 def _describe(path: Path) -> tuple[tuple[str, ...], dict[int, str]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if "channel_names" in content:
+            raise DatasetError(f"{path} describes an nnU-Net dataset already: give its folder as --dataset_dir")
         modality = {int(number): str(name) for number, name in content["modality"].items()}
         labels = {int(value): str(name) for value, name in content["labels"].items()}
     except FileNotFoundError:

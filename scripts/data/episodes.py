@@ -105,6 +105,8 @@ class EpisodeDataset(Dataset):
             )
         if not 0 <= unpair_fraction <= 1:
             raise ValueError(f"unpair_fraction must be in [0, 1], got {unpair_fraction}")
+        if unpair_fraction and self.low < 2:
+            raise ValueError(f"unpair_fraction needs two contexts at least, got context_size {context_size}")
         self.data = data
         self.prepared = prepared
         self.part = part
@@ -313,6 +315,9 @@ def _classes_of(row: Row, source: str, cases: Sequence[Case]) -> list[tuple[str,
     """Classes that a row may draw from a source's cases: name and label values."""
     present = {value for case in cases for value in case["values"]}
     described = cases[0].get("classes") or {str(value): [value] for value in sorted(present)}
+    for wanted in (*row.classes, *row.remove_classes):
+        if wanted not in described and not any(wanted in values for values in described.values()):
+            raise DatasetError(f"{source}: no class {wanted!r} (classes there: {', '.join(described)})")
     classes = {name: frozenset(values) for name, values in described.items() if present & set(values)}
     if not classes:
         raise DatasetError(f"{source}: no case has a label other than background")
@@ -324,20 +329,22 @@ def _classes_of(row: Row, source: str, cases: Sequence[Case]) -> list[tuple[str,
                 f"classes there: {', '.join(classes)}"
             )
         return [(brain[0], classes[brain[0]])]
-    removed = set().union(*(_find_class(wanted, classes, source)[1] for wanted in row.remove_classes))
-    chosen = [_find_class(wanted, classes, source) for wanted in row.classes] or classes.items()
-    left = [(name, values) for name, values in chosen if not values & removed]
+    removed = set().union(*(_find_class(wanted, described, present)[1] for wanted in row.remove_classes))
+    chosen = [_find_class(wanted, described, present) for wanted in row.classes] or classes.items()
+    left = [(name, values) for name, values in chosen if values and not values & removed]
     if not left:
-        raise DatasetError(f"{source}: 'remove_classes' leaves no class of {', '.join(classes)}")
+        raise DatasetError(
+            f"{source}: no case has a class that the row leaves: 'classes' {list(row.classes) or 'random'}, "
+            f"'remove_classes' {list(row.remove_classes)}, classes there: {', '.join(classes)}"
+        )
     return left
 
 
-def _find_class(wanted: str | int, classes: Mapping[str, frozenset[int]], source: str) -> tuple[str, frozenset[int]]:
-    if wanted in classes:
-        return str(wanted), classes[wanted]
-    if isinstance(wanted, int) and any(wanted in values for values in classes.values()):
-        return str(wanted), frozenset({wanted})
-    raise DatasetError(f"{source}: no class {wanted!r} (classes there: {', '.join(classes)})")
+def _find_class(
+    wanted: str | int, described: Mapping[str, Sequence[int]], present: set[int]
+) -> tuple[str, frozenset[int]]:
+    """Name and label values of a class that is known to be described, as far as any case has them."""
+    return str(wanted), frozenset(described.get(wanted, (wanted,))) & present
 
 
 def as_episode(group: dict[str, Any], target: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ from scripts.data.preprocessing import LoadCase, Preprocessing, fit_spacing
 logger = logging.getLogger(__name__)
 
 _FILES = ("image", "label", "output")
+_ATTEMPTS = 4
 
 
 class PreparedCases:
@@ -103,11 +104,15 @@ class PreparedCases:
             The image in [0, 1], and label numbers, a second image in [0, 1], or None; each ``(1, *spatial_size)``.
         """
         store, index = self._stores[case["source"]], case["index"]
-        try:
-            found = store[index]
-        except (RuntimeError, EOFError, OSError):  # a cached file was cut short (full disk, killed run): make it again
-            (self.cache_dir / f"{_cache_name(store.data[index]).decode()}.pt").unlink(missing_ok=True)
-            found = store[index]
+        for attempt in range(_ATTEMPTS):
+            try:
+                found = store[index]
+                break
+            except (RuntimeError, EOFError, OSError):
+                # a cached file was cut short (full disk, killed run, another process still at it): make it again
+                if attempt + 1 == _ATTEMPTS:
+                    raise
+                (self.cache_dir / f"{_cache_name(store.data[index]).decode()}.pt").unlink(missing_ok=True)
         return found["image"], found.get("answer")
 
 

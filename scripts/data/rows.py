@@ -62,6 +62,12 @@ class Row:
             raise ValueError(f"'output' is {self.output!r}, but {self.task} makes its own output: leave it out")
         if reads == "output" and (self.output in self.input or self.output < 0):
             raise ValueError(f"'output' must be another channel than the input {list(self.input)}, got {self.output}")
+        if any(type(channel) is not int for channel in self.input):
+            raise ValueError(f"'input' must be channel numbers, got {list(self.input)}")
+        if any(type(name) not in (str, int) for name in (*self.classes, *self.remove_classes)):
+            raise ValueError("'classes' and 'remove_classes' must be names or whole numbers")
+        if (self.classes or self.remove_classes) and reads != "label":
+            raise ValueError(f"{self.task} reads no labels: leave 'classes' and 'remove_classes' out")
         if any(channel < 0 for channel in self.input):
             raise ValueError(f"'input' must be channel numbers of at least 0, got {list(self.input)}")
         if not 0 <= self.draw_weight < float("inf") or not 0 <= self.loss_weight < float("inf"):
@@ -173,8 +179,6 @@ def _read_row(path: Path, number: int, content: Any) -> Row:
             raise ValueError("'dataset' is missing")
         for key in ("input", "classes", "remove_classes"):
             values[key] = _listed(key, values.get(key))
-        if not all(isinstance(channel, int) for channel in values["input"]):
-            raise ValueError(f"'input' must be channel numbers, got {list(values['input'])}")
         output = values.get("output", LABELS)
         if output != LABELS and (isinstance(output, bool) or not isinstance(output, int)):
             raise ValueError(f"'output' must be \"labels\" or a channel number, got {output!r}")

@@ -16,10 +16,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from monai.transforms import RandBiasField, RandGaussianNoise, Resize, ScaleIntensity
+from monai.transforms import RandBiasField, RandGaussianNoise, Resize, ScaleIntensityRangePercentiles
 from monai.transforms.utils import generate_spatial_bounding_box
 from monai.utils import convert_to_tensor
 from torch import Tensor
+
+from scripts.data.preprocessing import PERCENTILES
 
 Setting = dict[str, Any]
 
@@ -179,24 +181,38 @@ class Corruption(Task):
             for name, (low, high) in self.ranges.items()
         }
 
-    def _pair(
-        self, image: Tensor, other: Tensor | None, setting: Setting, rng: np.random.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def corrupt(self, image: Tensor, setting: Setting, rng: np.random.Generator) -> Tensor:
+        """The corrupted scan as it comes from the scanner, in the image's units and of any range.
+
+        Args:
+            image: clean image (1, H, W, D) in [0, 1].
+            setting: the group's.
+            rng: of this member.
+
+        Returns:
+            (1, H, W, D) float32. Around the box of the voxels above 0 there is padding of the grid, or what was
+            masked out: no scan, so it stays 0.
+
+        Raises:
+            ValueError: a setting that is incomplete or out of range.
+        """
         for name, (low, high) in self.limits.items():
             if not _is_number(value := self._of(setting, name), low) or not low <= value <= high:
                 raise ValueError(f"{self.name}: the setting's {name} must be from {low} to {high}, got {value!r}")
-        spoilt = torch.zeros_like(image)
-        if not image.any():
-            return spoilt, image
-        # around the box of the voxels above 0 there is padding of the grid, or what was masked out: no scan, no noise
-        start, end = generate_spatial_bounding_box(image, allow_smaller=True)
-        box = (slice(None), *(slice(a, b) for a, b in zip(start, end, strict=True)))
-        corrupted = self._corrupt(image[box], setting, rng)
-        # A corrupted scan that comes as a file is scaled to [0, 1] by the preprocessing, whatever its noise or field
-        # has done to its range, and so does the published recipe just before the network: training must not show
-        # another scale.
-        spoilt[box] = convert_to_tensor(ScaleIntensity(0.0, 1.0)(corrupted), track_meta=False)
-        return spoilt, image
+        corrupted = torch.zeros_like(image)
+        if image.any():
+            box = _scan_box(image)
+            corrupted[box] = convert_to_tensor(self._corrupt(image[box], setting, rng), track_meta=False)
+        return corrupted
+
+    def _pair(
+        self, image: Tensor, other: Tensor | None, setting: Setting, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        corrupted = self.corrupt(image, setting, rng)
+        if image.any():  # training has to show the scale that the preprocessing gives to a corrupted file
+            box = _scan_box(image)
+            corrupted[box] = ScaleIntensityRangePercentiles(*PERCENTILES, 0.0, 1.0, clip=True)(corrupted[box])
+        return corrupted, image
 
     @abstractmethod
     def _corrupt(self, image: Tensor, setting: Setting, rng: np.random.Generator) -> Tensor:
@@ -415,6 +431,11 @@ def find_task(name: str) -> Task:
         return TASKS[name]
     near = difflib.get_close_matches(str(name), TASKS, n=1, cutoff=0.0)[0]
     raise ValueError(f"unknown task {name!r}: did you mean {near}? (known: {', '.join(TASKS)})")
+
+
+def _scan_box(image: Tensor) -> tuple[slice, ...]:
+    start, end = generate_spatial_bounding_box(image, allow_smaller=True)
+    return (slice(None), *(slice(a, b) for a, b in zip(start, end, strict=True)))
 
 
 def _seed(rng: np.random.Generator) -> int:

@@ -14,7 +14,7 @@ from monai.transforms import LoadImage
 from monai.utils import optional_import
 
 # MONAI tells with every reader it makes, that is with every file, that a GPU decoder for DICOM is absent
-logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh", ".nrrd")
 """File endings that are taken for images."""

@@ -305,6 +305,14 @@ def test_an_existing_dataset_is_kept_unless_overwriting(raw, out, write_nifti):
     assert [p.name for p in out.parent.iterdir()] == [out.name]
 
 
+def test_overwriting_deletes_nothing_that_is_not_a_dataset_s(raw, out):
+    write_dataset(pairs(raw), out)
+    (out / "splits_final.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"also holds splits_final\.json"):
+        write_dataset(pairs(raw), out, overwrite=True)
+    assert (out / "splits_final.json").is_file() and (out / "imagesTr").is_dir()
+
+
 def test_another_dataset_of_the_number_is_refused(raw, out):
     write_dataset(pairs(raw), out)
     with pytest.raises(FileExistsError, match="has the number of Dataset001_Other"):

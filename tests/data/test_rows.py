@@ -91,6 +91,9 @@ def test_the_documented_example_is_read():
         ({"dataset": "D", "task": "modality_transfer", "input": 1, "output": 1}, "another channel"),
         ({"dataset": "D", "task": "inpainting", "output": 1}, "makes its own output"),
         ({"dataset": "D", "output": "label"}, "'output' must be"),
+        ({"dataset": "D", "input": [True]}, "'input' must be channel numbers"),
+        ({"dataset": "D", "classes": [["a"]]}, "must be names or whole numbers"),
+        ({"dataset": "D", "task": "inpainting", "classes": ["a"]}, "reads no labels"),
         ({"dataset": "D", "classes": {"a": 1}}, "'classes' must be a list"),
         (["D"], "unknown key 'D'"),
         (3, "not iterable"),
@@ -152,8 +155,11 @@ def test_tasks_and_datasets_pick_a_subset(episodes, write):
     )
     tasks = {g.task for g in map(episodes(path, tasks="inpainting").draw, range(40))}
     assert tasks == {"inpainting"}
-    names = {g.members[0]["dataset"] for g in map(episodes(path, datasets=["Dataset002"]).draw, range(40))}
-    assert names == {"Dataset002_B"}
+    for name in ("Dataset002", "Dataset002_B"):
+        names = {g.members[0]["dataset"] for g in map(episodes(path, datasets=[name]).draw, range(40))}
+        assert names == {"Dataset002_B"}
+    with pytest.raises(DatasetError, match="Dataset009 not in"):
+        episodes(path, datasets=["Dataset002", "Dataset009"])
     with pytest.raises(DatasetError, match="no row is left"):
         episodes(path, tasks=["super_resolution"])
     with pytest.raises(ValueError, match="inpainting"):
@@ -171,7 +177,7 @@ def test_listed_and_removed_classes(episodes, write):
     assert {tuple(removed.draw(n).setting["values"]) for n in range(20)} == {(1,)}
     with pytest.raises(DatasetError, match="no class 'third' .*first, second"):
         episodes(write({"dataset": "Dataset001_A", "classes": ["third"]}))
-    with pytest.raises(DatasetError, match="leaves no class"):
+    with pytest.raises(DatasetError, match="no case has a class that the row leaves"):
         episodes(write({"dataset": "Dataset001_A", "remove_classes": [1, 2]}))
 
 
@@ -297,6 +303,8 @@ def test_unpairing_begins_late_and_spares_images(episodes, write):
     assert not episodes(path, epochs=1)[10**6]["unpaired"], "off by default, however long it runs"
     with pytest.raises(ValueError, match="unpair_fraction"):
         episodes(path, unpair_fraction=1.5)
+    with pytest.raises(ValueError, match="needs two contexts at least"):
+        episodes(path, unpair_fraction=0.5, context_size=[1, 3])
 
 
 def test_a_dataset_for_a_loop_of_one_s_own(folder, tmp_path):

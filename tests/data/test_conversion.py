@@ -13,7 +13,7 @@ from scripts.data.conversion import write_dataset
 from scripts.data.integrity import inspect_cases, sound_cases
 from scripts.data.nnunet import DatasetError, NnunetDataset, find_datasets
 from scripts.data.pairing import ImageFile, RawCase, RawDataset, pair_files
-from scripts.data.volumes import load_volume
+from scripts.data.volumes import VolumeError, load_volume
 
 AFFINE = nib.affines.from_matvec(
     np.array([[0.0, -1.2, 0.1], [0.9, 0.1, 0.0], [0.0, 0.1, 2.0]]), np.array([-3.0, 14.0, 7.5])
@@ -117,6 +117,24 @@ def test_mgz_keeps_voxels_affine_and_type(tmp_path, out, dtype):
     assert label.get_data_dtype() == np.uint16
     for image in (found, label):
         assert np.allclose(image.affine, AFFINE, atol=1e-4) and np.allclose(image.get_sform(), image.affine)
+
+
+@pytest.mark.parametrize("value, fits", [(2**31 - 1, True), (2**31, False)])
+def test_long_integers_become_what_nifti_readers_know(tmp_path, out, value, fits):
+    nrrd = pytest.importorskip("nrrd")
+    (tmp_path / "raw").mkdir()
+    voxels = scan(0, np.int64)
+    voxels[0, 0, 0] = value
+    header = {"space": "RAS", "space directions": np.eye(3), "space origin": [0, 0, 0], "kinds": ["domain"] * 3}
+    nrrd.write(str(tmp_path / "raw" / "a.nrrd"), voxels, header)
+    if fits:
+        write_dataset(pairs(tmp_path / "raw", ["*.nrrd"], None), out)
+        found = nib.load(out / "imagesTr" / "a_0000.nii.gz")
+        assert found.get_data_dtype() == np.int32 and np.array_equal(np.asanyarray(found.dataobj), voxels)
+    else:
+        with pytest.raises(VolumeError, match=r"a\.nrrd holds integers of more than 32 bits"):
+            write_dataset(pairs(tmp_path / "raw", ["*.nrrd"], None), out)
+        assert not out.exists()
 
 
 def test_nrrd_keeps_voxels_affine_and_type(tmp_path, out):

@@ -72,6 +72,13 @@ def test_unreadable_dataset_json(task, content):
         read_decathlon(task)
 
 
+def test_an_nnunet_dataset_needs_no_conversion(task):
+    content = {"channel_names": {"0": "T1"}, "labels": {"background": 0, "edema": 1}}
+    (task / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(DatasetError, match="an nnU-Net dataset already: give its folder as --dataset_dir"):
+        read_decathlon(task)
+
+
 def test_numbering_of_modalities(task):
     (task / "dataset.json").write_text('{"modality": {"1": "T1"}, "labels": {}}', encoding="utf-8")
     with pytest.raises(DatasetError, match=r"got \[1\]"):

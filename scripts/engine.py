@@ -17,6 +17,7 @@ from monai.metrics import PSNRMetric, compute_dice
 from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 
+from scripts.data.augmentation import NO_GIN
 from scripts.data.episodes import as_episode
 
 MASK_THRESHOLD = 0.5
@@ -98,19 +99,18 @@ class GroupTrainer(SupervisedTrainer):
         self.steps_now = True
 
     def _iteration(self, engine: SupervisedTrainer, batchdata: dict[str, Any]) -> list[dict[str, Any]]:
-        if self.gin is not None and (batchdata["gin"] >= 0).any():
+        if self.gin is not None and (batchdata["gin"] != NO_GIN).any():
             batchdata = {**batchdata, "image": self._augmented(batchdata["image"], batchdata["gin"])}
         members = batchdata["image"].shape[1]
         done = (self.state.iteration - 1) % self.state.epoch_length * members
         self.network.train()
         outputs = []
         for target in range(members):
-            first = (done + target) % self.accumulation_steps == 0
-            last = done + target + 1 == self.state.epoch_length * members
-            self.steps_now = last or (done + target + 1) % self.accumulation_steps == 0
-            begun = (done + target) // self.accumulation_steps * self.accumulation_steps
-            share = min(self.accumulation_steps, self.state.epoch_length * members - begun)
-            outputs.append(self._episode({**batchdata, "target": target}, first, share))
+            into_step = (done + target) % self.accumulation_steps
+            left = self.state.epoch_length * members - (done + target)
+            share = min(self.accumulation_steps, into_step + left)  # the last step of an epoch may have fewer episodes
+            self.steps_now = into_step + 1 == share
+            outputs.append(self._episode({**batchdata, "target": target}, into_step == 0, share))
         output = self.state.output
         for name in ("loss", "dice", "psnr"):
             values = [found[name] for found in outputs if found[name] is not None]
@@ -150,7 +150,7 @@ class GroupTrainer(SupervisedTrainer):
     def _augmented(self, images: Tensor, seeds: Tensor) -> Tensor:
         """GIN on the engine's device, group by group; the result goes back to where the images were."""
         groups = [
-            self.gin(group.to(self.state.device), int(seed)).to(group.device) if seed >= 0 else group
+            self.gin(group.to(self.state.device), int(seed)).to(group.device) if seed != NO_GIN else group
             for group, seed in zip(images, seeds, strict=True)
         ]
         return torch.stack(groups)

@@ -15,7 +15,7 @@ from scripts.data.pairing import (
     ImageFile,
     Key,
     RawDataset,
-    check_patterns,
+    checked_patterns,
     existing_folder,
     make_cases,
     match,
@@ -45,8 +45,7 @@ def pair_bids(root: str | Path, image_patterns: Sequence[str], mask_pattern: str
         ValueError: a pattern is not usable, or given twice.
     """
     root = existing_folder(root)
-    patterns = [*image_patterns, *([mask_pattern] if mask_pattern is not None else [])]
-    check_patterns(patterns)
+    patterns = checked_patterns(image_patterns, mask_pattern)
     if not any(root.glob("sub-*")):
         raise DatasetError(f"{root} holds no sub-* folders: --source bids takes the root of a BIDS dataset")
     found = [_find(root, pattern, is_mask=pattern is mask_pattern) for pattern in patterns]

@@ -151,7 +151,8 @@ class Collection:
         rows = [row for row in rows if row.draw_weight > 0]
         real = {row.dataset for row in rows} - {SYNTHETIC}
         if (real or self.datasets) and self.dataset_dir is None:
-            raise DatasetError(f"{self.collection_file} names {', '.join(sorted(real))}: give --dataset_dir")
+            named = ", ".join(sorted(real) or self.datasets)
+            raise DatasetError(f"{self.collection_file}, --datasets: {named} cannot be found: give --dataset_dir")
         by_name = {name: find_datasets(self.dataset_dir, [name]) for name in sorted(real)}
         if self.datasets is not None:
             chosen = {dataset.name for dataset in find_datasets(self.dataset_dir, self.datasets)}

@@ -25,7 +25,7 @@ from scripts.data.pairing import (
     RawDataset,
     case_name,
     channel_names_of,
-    check_patterns,
+    checked_patterns,
     existing_folder,
     make_cases,
     match,
@@ -63,7 +63,7 @@ def pair_dicom(
     root = existing_folder(root)
     _simpleitk(root)
     patterns = list(image_patterns or ())
-    check_patterns([*patterns, *([mask_pattern] if mask_pattern is not None else [])])
+    checked_patterns(patterns, mask_pattern)
     channels: list[dict[Key, list[DicomSeries]]] = [defaultdict(list) for _ in patterns or [""]]
     everything = list(tqdm(_series_below(root), "looking for DICOM series", unit="folder"))
     if not everything:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
-from scripts.data.augmentation import GroupAugmentation
+from scripts.data.augmentation import NO_GIN, GroupAugmentation
 from scripts.data.collection import Collection
 from scripts.data.nnunet import Case, DatasetError
 from scripts.data.prepared import PreparedCases
@@ -34,16 +34,19 @@ class Group(NamedTuple):
     Attributes:
         members: case dicts.
         row: the row it was drawn from.
-        task: name of the task.
         setting: what the members share: label values, severity of a corruption.
         classes: names of the classes that are the foreground; empty for tasks that read no labels.
     """
 
     members: list[Case]
     row: Row
-    task: str
     setting: dict[str, Any]
     classes: str
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+        return self.row.task
 
 
 class EpisodeDataset(Dataset):
@@ -250,7 +253,7 @@ class EpisodeDataset(Dataset):
         else:
             target = targets[rng.integers(len(targets))]
             members = [target, *(pool[i] for i in rng.choice(len(pool), length, replace=False))]
-        return Group(members, row, task.name, setting, names)
+        return Group(members, row, setting, names)
 
     def _draw_classes(self, row: Row, source: str, rng: np.random.Generator) -> tuple[str, frozenset[int]]:
         classes = self._classes[row, source]
@@ -268,7 +271,7 @@ class EpisodeDataset(Dataset):
             for member, case in enumerate(group.members)
         ]
         image, label = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
-        gin = -1
+        gin = NO_GIN
         if augment and self.augmentation is not None:
             rng = np.random.default_rng([self.seed, 5, number])
             image, label, gin = self.augmentation(image, label, task.generation, rng)

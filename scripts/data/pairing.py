@@ -114,8 +114,7 @@ def pair_files(root: str | Path, image_patterns: Sequence[str], mask_pattern: st
         ValueError: a pattern is not usable, or given twice.
     """
     root = existing_folder(root)
-    patterns = [*image_patterns, *([mask_pattern] if mask_pattern is not None else [])]
-    check_patterns(patterns)
+    patterns = checked_patterns(image_patterns, mask_pattern)
     files = [path for path in visible_files(root) if strip_ending(path)]
     found: list[dict[Key, list[Path]]] = [defaultdict(list) for _ in patterns]
     undecided = []
@@ -226,8 +225,13 @@ def match(pattern: str, parts: Sequence[str]) -> Key | None:
     return tuple(key) or None
 
 
-def check_patterns(patterns: Sequence[str]) -> None:
-    """Raise ValueError for a pattern that cannot match as meant, or is given twice."""
+def checked_patterns(image_patterns: Sequence[str], mask_pattern: str | None) -> list[str]:
+    """All patterns in a row, the masks' last.
+
+    Raises:
+        ValueError: a pattern that cannot match as meant, or is given twice.
+    """
+    patterns = [*image_patterns, *([mask_pattern] if mask_pattern is not None else [])]
     for pattern in patterns:
         parts = pattern.split("/")
         if pattern.startswith("/") or "**" in pattern or {"", ".", ".."} & set(parts):
@@ -237,6 +241,7 @@ def check_patterns(patterns: Sequence[str]) -> None:
             )
         if patterns.count(pattern) > 1:
             raise ValueError(f"pattern {pattern!r} is given twice: every channel and the masks need one of their own")
+    return patterns
 
 
 def channel_names_of(patterns: Sequence[str]) -> tuple[str, ...]:

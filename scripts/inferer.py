@@ -155,20 +155,28 @@ class ICLInferer(Inferer):
         target.meta[_DIGEST] = volume_digest(volume)
         return target
 
-    def __call__(self, inputs: Tensor, network: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(
+        self,
+        inputs: Tensor,
+        network: torch.nn.Module,
+        *args: Any,
+        among: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """Scores of a preprocessed target.
 
         Args:
             inputs: ``(1, 1, h, w, d)`` from the context set's preprocessing.
             network: runs the windows (``self.network``, or the caller's own).
             args: not used.
+            among: numbers of the contexts that may be used; None for all.
             kwargs: not used.
 
         Returns:
             ``(1, K, h, w, d)`` float32, one channel per label of :attr:`label_values`.
         """
         context = self.context
-        members = self._members(inputs)
+        members = self._members(inputs, among)
         self.used = {value: [context.names[i] for i in chosen] for value, chosen in members.items()}
 
         def scores_of(window: Tensor) -> Tensor:
@@ -207,7 +215,7 @@ class ICLInferer(Inferer):
         numbers = torch.tensor(values, dtype=smallest)[channel]
         return MetaTensor(torch.where(best > MASK_THRESHOLD, numbers, 0).to(smallest), affine=native.affine)
 
-    def _members(self, inputs: Tensor) -> dict[int, list[int]]:
+    def _members(self, inputs: Tensor, among: Sequence[int] | None) -> dict[int, list[int]]:
         """Numbers of the contexts to use, by label; none where the target is the only one that has it."""
         context = self.context
         digest = inputs.meta.get(_DIGEST) if isinstance(inputs, MetaTensor) else None
@@ -216,7 +224,7 @@ class ICLInferer(Inferer):
         members = {}
         for value in self.label_values:
             pool = range(len(context)) if self.task == "generation" else context.holding(value)
-            members[value] = [i for i in pool if i not in itself]
+            members[value] = [i for i in pool if i not in itself and (among is None or i in among)]
             if not members[value]:
                 logger.warning("no context but the target itself has label %d: its answer is empty", value)
         return members

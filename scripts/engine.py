@@ -101,6 +101,9 @@ class GroupTrainer(SupervisedTrainer):
     def _iteration(self, engine: SupervisedTrainer, batchdata: dict[str, Any]) -> list[dict[str, Any]]:
         if self.gin is not None and (batchdata["gin"] != NO_GIN).any():
             batchdata = {**batchdata, "image": self._augmented(batchdata["image"], batchdata["gin"])}
+        # once for all members, from pinned memory without waiting: picking members out first would give pageable copies
+        moved = {key: batchdata[key].to(self.state.device, non_blocking=True) for key in ("image", "label")}
+        batchdata = {**batchdata, **moved}
         members = batchdata["image"].shape[1]
         done = (self.state.iteration - 1) % self.state.epoch_length * members
         self.network.train()

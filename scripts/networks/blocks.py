@@ -11,8 +11,11 @@ pairs is computed once.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from scripts.networks.residual_gradient import ResidualGradient
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -36,6 +39,11 @@ def pairwise(x: Tensor, pairs: int) -> Tensor:
     return x.unflatten(0, (-1, pairs))
 
 
+def _has_gradient_of_its_own(x: Tensor) -> bool:
+    plain = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not plain
+
+
 class ResidualUnit(nn.Module):
     """conv 3³ - GELU - ... - conv 3³, add the input, GELU."""
 
@@ -43,12 +51,18 @@ class ResidualUnit(nn.Module):
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv3d(channels, channels, 3, padding=1) for _ in range(convs))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(N, C, H, W, D)`` -> the same shape."""
+    def before_gelu(self, x: Tensor) -> Tensor:
+        """All but the last GELU."""
+        if _has_gradient_of_its_own(x):
+            return ResidualGradient.apply(x, *(p for conv in self.convs for p in (conv.weight, conv.bias)))
         y = self.convs[0](x)
         for conv in self.convs[1:]:
             y = conv(F.gelu(y))
-        return F.gelu(x + y)
+        return x + y
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W, D)`` -> the same shape."""
+        return F.gelu(self.before_gelu(x))
 
 
 class Down(nn.Module):
@@ -96,20 +110,19 @@ class Fusion(nn.Module):
         """The target's half of the 1³ conv, bias included."""
         return pointwise(target, self.conv.weight.chunk(2, dim=1)[1], self.conv.bias)
 
-    def into_context(self, context: Tensor, target_half: Tensor, pairs: int) -> Tensor:
+    def into_context(self, context: Tensor, target: Tensor, pairs: int) -> Tensor:
         """Target-to-context fusion.
 
         Args:
             context: ``(B * pairs, C, H, W, D)``.
-            target_half: :meth:`from_target` of the target's skip, ``(B, C, H, W, D)``; it is the same for
-                every pair, so it is computed once per target.
+            target: ``(B, C, H, W, D)``; its half of the 1³ conv is the same for every pair and computed once.
             pairs: context pairs per batch element.
 
         Returns:
             ``(B * pairs, C, H, W, D)``.
         """
         fused = context + self.from_context(context)
-        return F.gelu(pairwise(fused, pairs) + target_half[:, None]).flatten(0, 1)
+        return F.gelu(pairwise(fused, pairs) + self.from_target(target)[:, None]).flatten(0, 1)
 
     def into_target(self, target: Tensor, context: Tensor) -> Tensor:
         """Context-to-target fusion of the mean context feature; both ``(B, C, H, W, D)``."""

@@ -7,14 +7,18 @@ processing (APSP), whose memory depends on the mini-context size and not on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise as neighbours
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from scripts.networks import streamed
 from scripts.networks.blocks import Down, Fusion, ResidualUnit, UpMerge, pairwise, pointwise
 
 
@@ -26,6 +30,12 @@ class Part(nn.Module):
     def stage(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Run one stage; with activation checkpointing only its inputs are kept for the backward pass."""
         if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return function(*inputs)
+
+    def cheap(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Run what is quicker to compute again in the backward pass than to keep: GELUs and 1³ convolutions."""
+        if torch.is_grad_enabled() and not self.activation_checkpointing and not torch.compiler.is_compiling():
             return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
         return function(*inputs)
 
@@ -63,35 +73,42 @@ class ContextUNet(Part):
         self.ups = nn.ModuleList(UpMerge(a, b) for a, b in neighbours(channels[::-1]))
         self.up_residuals = nn.ModuleList(ResidualUnit(c, convs_per_block) for c in channels[-2::-1])
 
-    def target_halves(self, target_maps: Sequence[Tensor]) -> list[Tensor]:
-        """What the target contributes to every fusion; the same for all pairs, so computed once."""
-        return [fusion.from_target(skip) for fusion, skip in zip(self.fusions, target_maps[:-1], strict=True)]
+    def stem(self, pairs: Tensor) -> Tensor:
+        """First residual unit of the embedded pairs ``(N, C, H, W, D)``: all that does not depend on the target."""
+        return self.residuals[0](pointwise(pairs, self.embedding.weight, self.embedding.bias))
 
-    def forward(self, images: Tensor, labels: Tensor, target_halves: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, pairs: Tensor, target_maps: Sequence[Tensor], from_stem: bool = False) -> list[Tensor]:
         """Mean context features of one mini-context.
 
         Args:
-            images: ``(B, l, C, H, W, D)``.
-            labels: ``(B, l, K, H, W, D)``.
-            target_halves: from :meth:`target_halves`.
+            pairs: ``(B, l, C, H, W, D)``: image and label channels; or their :meth:`stem`.
+            target_maps: from the target encoder.
+            from_stem: ``pairs`` is the stem.
 
         Returns:
             One map ``(B, C_s, H_s, W_s, D_s)`` per stage, bottleneck first, averaged over the l pairs.
         """
-        pairs = images.shape[1]
-        x = torch.cat((images, labels), dim=2).flatten(0, 1)
-        x = pointwise(x, self.embedding.weight, self.embedding.bias)
+        count, x = pairs.shape[1], pairs.flatten(0, 1)
         skips = []
-        for residual, fusion, half, down in zip(self.residuals, self.fusions, target_halves, self.downs, strict=True):
-            x = self.stage(lambda x, half, r=residual, f=fusion: f.into_context(r(x), half, pairs), x, half)
+        for stage, (target, down) in enumerate(zip(target_maps[:-1], self.downs, strict=True)):
+            if from_stem and not stage:
+                x = self.fusions[0].into_context(x, target, count)
+            else:
+                x = self.stage(partial(self._encode, stage, count), x, target)
             skips.append(x)
             x = down(x)
         x = self.stage(self.bottleneck, x)
-        features = [pairwise(x, pairs).mean(1)]
+        features = [pairwise(x, count).mean(1)]
         for up, residual in zip(self.ups, self.up_residuals, strict=True):
             x = self.stage(lambda x, skip, u=up, r=residual: r(u(x, skip)), x, skips.pop())
-            features.append(pairwise(x, pairs).mean(1))
+            features.append(pairwise(x, count).mean(1))
         return features
+
+    def _encode(self, stage: int, count: int, x: Tensor, target: Tensor) -> Tensor:
+        if not stage:
+            x = pointwise(x, self.embedding.weight, self.embedding.bias)
+        fuse = self.fusions[stage].into_context
+        return self.cheap(lambda x, t: fuse(F.gelu(x), t, count), self.residuals[stage].before_gelu(x), target)
 
 
 class TargetDecoder(Part):
@@ -111,8 +128,15 @@ class TargetDecoder(Part):
         for stage, (residual, fusion, feature) in enumerate(zip(self.residuals, self.fusions, features, strict=True)):
             if stage:
                 x = self.stage(self.ups[stage - 1], x, skips.pop())
-            x = self.stage(lambda x, feature, r=residual, f=fusion: f.into_target(r(x), feature), x, feature)
-        return pointwise(self.stage(self.head, x), self.output.weight, self.output.bias)
+            x = self.stage(partial(self._fuse, residual, fusion), x, feature)
+        return self.stage(self._answer, x)
+
+    def _fuse(self, residual: ResidualUnit, fusion: Fusion, x: Tensor, feature: Tensor) -> Tensor:
+        return self.cheap(lambda x, f: fusion.into_target(F.gelu(x), f), residual.before_gelu(x), feature)
+
+    def _answer(self, x: Tensor) -> Tensor:
+        weight, bias = self.output.weight, self.output.bias
+        return self.cheap(lambda x: pointwise(F.gelu(x), weight, bias), self.head.before_gelu(x))
 
 
 class Neuroverse3D(nn.Module):
@@ -201,33 +225,91 @@ class Neuroverse3D(nn.Module):
             ValueError: a shape is not as above, L is 0, or a size is not divisible by :attr:`divisor`.
         """
         self._check(target_in, context_in, context_out, mini_context_size)
+        # MONAI's MetaTensors do bookkeeping at every operation
+        target_in, context_in, context_out = (x.as_subclass(Tensor) for x in (target_in, context_in, context_out))
         length = context_in.shape[1]
-        parts = list(torch.arange(length).split(mini_context_size))
+        order = list(torch.arange(length).split(mini_context_size))
         if self.training:
-            parts = [parts[i] for i in torch.randperm(len(parts))]
-
-        target_maps = self.target_encoder(target_in)
-        with_grad = torch.is_grad_enabled()
-        halves: list[Tensor] = []
+            order = [order[i] for i in torch.randperm(len(order))]
+        target_maps = self.encode_target(target_in)
         features: list[Tensor] = []
-        for index, part in enumerate(parts):
-            last = index == len(parts) - 1
-            with torch.set_grad_enabled(with_grad and last):
-                piece = slice(int(part[0]), int(part[-1]) + 1)
-                images, labels = (
-                    x[:, piece].to(target_in.device, target_in.dtype, non_blocking=True)
-                    for x in (context_in, context_out)
-                )
-                if not halves or (with_grad and last):  # once for all, and once more where gradients are recorded
-                    halves = self.context_unet.target_halves(target_maps)
-                means = self.context_unet(images, labels, halves)
-                if with_grad and last:
-                    means = [_scale_gradient(mean, len(parts)) for mean in means]
-                share = len(part) / length
-                features = [mean * share for mean in means] if not features else [
-                    total + mean * share for total, mean in zip(features, means, strict=True)
-                ]  # fmt: skip
+        for index, numbers in enumerate(order):
+            piece = slice(int(numbers[0]), int(numbers[-1]) + 1)
+            pairs = torch.cat([x[:, piece].to(target_in, non_blocking=True) for x in (context_in, context_out)], 2)
+            if torch.is_grad_enabled() and index == len(order) - 1:
+                means = [_scale_gradient(mean, len(order)) for mean in self.context_unet(pairs, target_maps)]
+                features = _weighted_sum(features, means, len(numbers) / length)
+            else:
+                features = self.read_contexts(features, pairs, target_maps, length)
+        return self.decode(target_maps, features)
+
+    def encode_target(self, target_in: Tensor) -> list[Tensor]:
+        """``(B, in_channels, H, W, D)`` -> the target's map at every stage, finest first. No label has a part in it."""
+        if self._streams(target_in):
+            with _stored_as() as dtype:
+                return streamed.encode_target(self.target_encoder, target_in, dtype)
+        return self.target_encoder(target_in)
+
+    def encode_stems(self, pairs: Tensor) -> Tensor:
+        """``(B, l, in_channels + out_channels, H, W, D)`` -> what of the pairs' encoding no target has a part in.
+
+        Returns:
+            ``(B, l, C_0, H, W, D)``, for :meth:`read_contexts`.
+        """
+        flat = pairs.flatten(0, 1)
+        if not self._streams(pairs):
+            return pairwise(self.context_unet.stem(flat), pairs.shape[1])
+        with _stored_as() as dtype:
+            return pairwise(streamed.encode_stem(self.context_unet, flat, dtype), pairs.shape[1])
+
+    @torch.no_grad()
+    def read_contexts(
+        self,
+        features: list[Tensor],
+        pairs: Tensor,
+        target_maps: Sequence[Tensor],
+        length: int,
+        from_stems: bool = False,
+    ) -> list[Tensor]:
+        """Take one mini-context into the running mean of the context features.
+
+        Args:
+            features: of the mini-contexts before it, none for the first; changed in place.
+            pairs: ``(B, l, in_channels + out_channels, H, W, D)``, or their :meth:`encode_stems`.
+            target_maps: from :meth:`encode_target`.
+            length: L, the pairs of all mini-contexts.
+            from_stems: ``pairs`` are encoded.
+
+        Returns:
+            One map per stage, bottleneck first.
+        """
+        if not self._streams(pairs):
+            return _weighted_sum(features, self.context_unet(pairs, target_maps, from_stems), pairs.shape[1] / length)
+        flat = pairs.flatten(0, 1)
+        with _stored_as():
+            stem = streamed.map_rows(flat) if from_stems else streamed.stem_rows(self.context_unet, flat)
+            maps = streamed.context_maps(self.context_unet, stem, target_maps, pairs.shape[1])
+            return streamed.running_mean(features, maps, pairs.shape[1], length)
+
+    def decode(self, target_maps: list[Tensor], features: list[Tensor], keep_target: bool = False) -> Tensor:
+        """Target maps and mean context features -> ``(B, out_channels, H, W, D)``.
+
+        Without gradients both may be overwritten, the target maps unless ``keep_target``.
+        """
+        if self._streams(target_maps[0]):
+            with _stored_as():
+                return streamed.decode_target(self.target_decoder, target_maps, features, overwrite=not keep_target)
         return self.target_decoder(target_maps, features)
+
+    def _streams(self, x: Tensor) -> bool:
+        """Whether to compute row by row: predictions on a CPU, in types that it multiplies well."""
+        return (
+            x.device.type == "cpu"
+            and not torch.is_grad_enabled()
+            and self.grid.device.type == "cpu"
+            and self.target_encoder.embedding.weight.dtype == torch.float32
+            and self.target_encoder._compiled_call_impl is None
+        )
 
     def _check(self, target_in: Tensor, context_in: Tensor, context_out: Tensor, mini_context_size: int) -> None:
         # Shapes only: a look at values would wait for the device.
@@ -277,3 +359,17 @@ class _GradientScale(torch.autograd.Function):
 
 def _scale_gradient(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1 else _GradientScale.apply(x, factor)
+
+
+def _weighted_sum(totals: list[Tensor], means: list[Tensor], share: float) -> list[Tensor]:
+    if not totals:
+        return means if share == 1 else [mean * share for mean in means]
+    return [total + mean * share for total, mean in zip(totals, means, strict=True)]
+
+
+@contextlib.contextmanager
+def _stored_as() -> Iterator[torch.dtype]:
+    """The type that maps are stored in, that of the autocast; arithmetic inside is in float32."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    with torch.autocast("cpu", enabled=False):
+        yield dtype

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from monai.data import NibabelWriter
-
 
 def write_atomically(path: str | os.PathLike, write: Callable[[str], Any], suffix: str = "") -> None:
     """Let ``write`` fill a temporary file beside ``path``, then put it in place.
@@ -68,15 +66,6 @@ def put_folder_in_place(made: Path, folder: Path, aside: Path) -> None:
     except BaseException:
         aside.rename(folder)
         raise
-
-
-class AtomicNibabelWriter(NibabelWriter):
-    """MONAI's NIfTI writer for ``SaveImage``, writing whole files or none."""
-
-    def write(self, filename: Any, verbose: bool = False, **kwargs: Any) -> None:
-        """Write the volume."""
-        suffix = ".nii" if str(filename).endswith(".nii") else ".nii.gz"
-        write_atomically(filename, lambda temporary: super(AtomicNibabelWriter, self).write(temporary), suffix)
 
 
 def _umask() -> int:

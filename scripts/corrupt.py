@@ -28,7 +28,7 @@ from scripts.data.integrity import inspect_cases, sound_cases
 from scripts.data.nnunet import Case, find_targets
 from scripts.data.preprocessing import PERCENTILES
 from scripts.data.tasks import Corruption, Setting, find_task
-from scripts.data.volumes import VolumeError, load_volume
+from scripts.data.volumes import load_volume
 from scripts.options import flag, normalise
 
 _MARK = "corruption"  # the entry of dataset.json by which a dataset of this program is known
@@ -105,8 +105,6 @@ def _write_dataset(
         if rescale:
             clean = to_unit(clean)
         low, high = float(clean.min()), float(clean.max())
-        if not low < high:
-            raise VolumeError(case["image"], f"is {low:g} everywhere: there is nothing to restore")
         rng = np.random.default_rng([seed, *case["case"].encode()])  # does not hang on which other cases there are
         corrupted = task.corrupt(((clean - low) / (high - low)).as_tensor(), setting, rng)
         for number, volume in enumerate((corrupted * (high - low) + low, clean)):

@@ -49,6 +49,17 @@ def write_nifti():
 
 
 @pytest.fixture(scope="session")
+def rewrite(write_nifti):
+    """``rewrite(path, change)``: replace a file's voxels by ``change(voxels)``, affine kept."""
+
+    def replace(path, change):
+        source = nib.load(path)
+        write_nifti(path, change(np.asanyarray(source.dataobj)), source.affine)
+
+    return replace
+
+
+@pytest.fixture(scope="session")
 def make_dataset(write_nifti):
     """``make_dataset(folder, name, cases, ...) -> Path``: a small nnU-Net dataset.
 

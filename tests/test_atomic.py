@@ -7,12 +7,9 @@ import os
 import stat
 from pathlib import Path
 
-import nibabel as nib
-import numpy as np
 import pytest
-from monai.data import MetaTensor
 
-from scripts.atomic import AtomicNibabelWriter, write_atomically, write_json, write_text
+from scripts.atomic import write_atomically, write_json, write_text
 
 
 def files_in(folder):
@@ -102,18 +99,3 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(PermissionError):
         write_text("x", tmp_path / "a.txt")
-
-
-@pytest.mark.parametrize("name", ["case 1.nii.gz", "case.1.nii"])
-def test_volumes(tmp_path, name):
-    voxels = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
-    affine = np.diag([1.0, 2.0, 3.0, 1.0])
-    writer = AtomicNibabelWriter(output_dtype=np.uint8)
-    writer.set_data_array(MetaTensor(voxels[None], affine=affine), channel_dim=0)
-    writer.set_metadata({"affine": affine}, resample=False)
-    writer.write(str(tmp_path / name))
-    assert files_in(tmp_path) == [name]
-    packed = (tmp_path / name).read_bytes()[:2] == b"\x1f\x8b"
-    assert packed == name.endswith(".gz")
-    read = nib.load(tmp_path / name)
-    assert np.array_equal(np.asanyarray(read.dataobj), voxels) and np.array_equal(read.affine, affine)

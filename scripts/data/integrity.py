@@ -23,11 +23,12 @@ from tqdm import tqdm
 
 from scripts.atomic import write_json
 from scripts.data.nnunet import Case, DatasetError
-from scripts.data.volumes import AFFINE_TOLERANCE_MM, VolumeError, load_volume, volume_digest
+from scripts.data.resampling import closest_axes
+from scripts.data.volumes import AFFINE_TOLERANCE_MM, NOT_FINITE, VolumeError, load_volume, volume_digest
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 _MISSING = "missing|"
 _FACTS = ("digest", "image_digest", "extent_mm", "voxel_mm", "values", "problems")
 
@@ -41,7 +42,7 @@ def inspect_cases(cases: Sequence[Case], record: str | Path | None = None, worke
         workers: threads that read.
 
     Returns:
-        The cases with ``digest`` and ``image_digest`` (SHA-256 of both volumes and of the image),
+        The cases with ``digest`` (SHA-256 of both volumes and their affine), ``image_digest`` (:func:`volume_digest`),
         ``extent_mm`` and ``voxel_mm`` (size of the foreground box and of a voxel along R, A, S), ``values``
         (label value -> voxels) and ``problems`` (one text each, empty for a sound case) added.
     """
@@ -51,7 +52,8 @@ def inspect_cases(cases: Sequence[Case], record: str | Path | None = None, worke
     if new:
         with ThreadPoolExecutor(max(1, workers)) as pool:
             found = pool.map(lambda i: _inspect(cases[i]), new)
-            for i, result in zip(new, tqdm(found, "checking files", len(new), unit="case"), strict=True):
+            bar = tqdm(found, "checking files", len(new), unit="case", disable=len(new) == 1)
+            for i, result in zip(new, bar, strict=True):
                 known[keys[i]] = result
         if record is not None:
             write_json({k: v for k, v in known.items() if not k.startswith(_MISSING)}, record)
@@ -100,11 +102,27 @@ def _inspect(case: Case) -> dict[str, Any]:
     image = _read(case["image"], "image", problems)
     answer_kind = _answer_kind(case)
     answer = _read(case[answer_kind], answer_kind, problems) if answer_kind else None
-    if image is None:
-        return found
+    return found if image is None else found | examine(image, answer, answer_kind, problems)
+
+
+def examine(
+    image: MetaTensor, answer: MetaTensor | None, answer_kind: str | None, problems: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What is in a case, and what is wrong with it.
+
+    Args:
+        image: ``(1, H, W, D)``.
+        answer: what goes with it, or None.
+        answer_kind: ``label`` (label numbers) or ``output`` (an image); None without an answer.
+        problems: what was found to be wrong already.
+
+    Returns:
+        As :func:`inspect_cases` adds it to a case.
+    """
+    problems = list(problems)
+    found: dict[str, Any] = dict.fromkeys(_FACTS) | {"values": {}, "problems": problems}
     voxels, affine = image[0].numpy(), np.asarray(image.affine, dtype=float)
-    if not np.isfinite(voxels).all():
-        problems.append("image holds NaN or infinite voxels")
+    problems.extend(_image_faults(voxels, "image"))
     foreground = voxels > voxels.min()
     if answer is not None:
         answer_voxels, answer_affine = answer[0].numpy(), np.asarray(answer.affine, dtype=float)
@@ -121,14 +139,24 @@ def _inspect(case: Case) -> dict[str, Any]:
                 problems.append(f"label holds values that are no label numbers: {wrong[:3].tolist()}")
             else:
                 found["values"] = {int(v): int(c) for v, c in zip(values, counts, strict=True) if v > 0}
-        elif not np.isfinite(answer_voxels).all():
-            problems.append("output holds NaN or infinite voxels")
+        else:
+            problems.extend(_image_faults(answer_voxels, answer_kind))
     if problems:
         return found
     found["image_digest"] = volume_digest(image)
     answer_digest = volume_digest(answer) if answer is not None else ""
-    found["digest"] = hashlib.sha256(f"{found['image_digest']}{answer_digest}".encode()).hexdigest()
+    geometry = (np.round(affine, 3) + 0.0).tolist()  # -0 becomes 0
+    found["digest"] = hashlib.sha256(f"{found['image_digest']}{answer_digest}{geometry}".encode()).hexdigest()
     return found | box_and_voxel(foreground, affine)
+
+
+def _image_faults(voxels: np.ndarray, what: str) -> list[str]:
+    low, high = float(voxels.min()), float(voxels.max())  # NaN if any voxel is
+    if not np.isfinite((low, high)).all():
+        return [f"{what} {NOT_FINITE}"]
+    if low == high:
+        return [f"{what} is constant (every voxel is {low:g}): is it the right file?"]
+    return []
 
 
 def box_and_voxel(foreground: np.ndarray, affine: np.ndarray) -> dict[str, list[float]]:
@@ -145,7 +173,7 @@ def _box_extent_mm(foreground: np.ndarray, affine: np.ndarray) -> list[float]:
         affine: voxel to mm.
     """
     zooms = nib.affines.voxel_sizes(affine)
-    to_ras = nib.io_orientation(affine)[:, 0].astype(int)
+    to_ras = closest_axes(affine)[:, 0].astype(int)
     extent = [0.0, 0.0, 0.0]
     for axis in range(3):
         hit = np.flatnonzero(foreground.any(axis=tuple(a for a in range(3) if a != axis)))
@@ -160,7 +188,7 @@ def _answer_kind(case: Case) -> str | None:
 
 def _read(path: str | None, what: str, problems: list[str]) -> MetaTensor | None:
     if path is None or not Path(path).is_file():
-        problems.append(f"{what} file is missing")
+        problems.append(f"{what} file is missing" + (f": {path}" if path is not None else ""))
         return None
     try:
         return load_volume(path)

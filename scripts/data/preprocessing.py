@@ -2,8 +2,8 @@
 
 RAS orientation, crop to the foreground box, isotropic resampling (aspect ratio and physical scale are kept:
 the spacing is one per dataset or context set), percentile clip and min-max to [0, 1], centred padding to the
-grid. Trilinear for images, nearest neighbour for labels. Everything but the intensity scaling is undone by
-:meth:`Preprocessing.to_native`, through MONAI's invertible transforms.
+grid. Trilinear for images; a voxel's label is the one with the largest trilinear share. Everything but the intensity
+scaling is undone by :meth:`Preprocessing.to_native` and :meth:`Preprocessing.to_native_labels`.
 """
 
 from __future__ import annotations
@@ -12,51 +12,64 @@ import json
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import (
-    Compose,
-    CropForegroundd,
-    DeleteItemsd,
-    MapTransform,
-    Orientationd,
-    ResizeWithPadOrCropd,
-    ScaleIntensityRangePercentilesd,
-    Spacingd,
-    Transform,
-)
+from monai.transforms import MapTransform, ResizeWithPadOrCrop, ScaleIntensityRangePercentiles, SpatialPad, Transform
 from monai.transforms.utils_pytorch_numpy_unification import percentile
+from monai.utils.enums import MetaKeys
 from torch import Tensor
 
 from scripts.data.nnunet import Case
+from scripts.data.resampling import (
+    GridAxis,
+    ScanSlabs,
+    grid_affine,
+    grid_axes,
+    sample_labels,
+    sample_linear,
+    spline_coefficients,
+)
 from scripts.data.volumes import load_volume
 
 PERCENTILES = (0.5, 99.5)
 """Intensities are clipped to these percentiles of a case, as in the published recipe."""
 
-_KEYS = ("image", "label")
 RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
+
+_TOUCHING = 0.05
+"""Scores up to this are noise: where a label has no more, it neither wins nor counts as a neighbour."""
+
+_SOURCE_AFFINE = "source_affine"
+_GRID_AXES = "grid_axes"
 
 
 class ForegroundMask(MapTransform):
     """Adds ``foreground``: voxels above the image's minimum, and any labelled voxel."""
 
     def __init__(self) -> None:
-        super().__init__(_KEYS, allow_missing_keys=True)
+        super().__init__(("image", "label"), allow_missing_keys=True)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Dict with ``image`` ``(C, H, W, D)`` and perhaps ``label`` ``(1, H, W, D)``."""
         image = data["image"]
-        mask = (image > image.amin(dim=(1, 2, 3), keepdim=True)).any(0, keepdim=True)
+        mask = image > image.amin(dim=(1, 2, 3), keepdim=True)
+        mask = mask.any(0, keepdim=True) if len(mask) > 1 else mask
         if "label" in data:
-            mask = mask | (data["label"] > 0)
+            mask |= data["label"] > 0
         if not mask.any():  # a constant image has no foreground to crop to
-            mask = mask | True
+            mask |= True
         return {**data, "foreground": mask}
 
 
 class Preprocessing:
     """Brings cases to one isotropic spacing, and answers back to a case's own space.
+
+    How much of a structure's border survives the way to the grid and back hangs on what is carried. Continuous
+    scores keep it to a fraction of a voxel: the part of each grid voxel that a label covers, taken by
+    :meth:`to_native_labels`, gives the label back with a Dice of at least 0.98 for compact structures of 1 cm³ or
+    more at grid voxels up to 1.44 mm. Label numbers on the grid, as training and contexts have them, cannot: their
+    border is known to a voxel only, and at 1.44 mm they come back with about 0.93 (nearest neighbours: 0.91).
 
     Args:
         spatial_size: the network's grid, three voxel counts (R, A, S).
@@ -68,39 +81,37 @@ class Preprocessing:
         self.spacing_mm = float(spacing_mm)
         if len(self.spatial_size) != 3 or min(self.spatial_size) < 1 or not self.spacing_mm > 0:
             raise ValueError(f"need three sizes and a positive spacing, got {spatial_size} and {spacing_mm} mm")
-        self._geometry = Compose(
-            [
-                Orientationd(_KEYS, axcodes="RAS", labels=RAS_LABELS, allow_missing_keys=True),
-                ForegroundMask(),
-                CropForegroundd(_KEYS, "foreground", allow_smaller=True, allow_missing_keys=True),
-                DeleteItemsd("foreground"),
-                Spacingd(
-                    _KEYS,
-                    pixdim=(self.spacing_mm,) * 3,
-                    mode=("bilinear", "nearest"),
-                    padding_mode="border",
-                    allow_missing_keys=True,
-                ),
-            ]
-        )
-        self._intensity = ScaleIntensityRangePercentilesd("image", *PERCENTILES, 0.0, 1.0, clip=True)
-        self._grid = ResizeWithPadOrCropd(_KEYS, self.spatial_size, allow_missing_keys=True)
+        self._intensity = ScaleIntensityRangePercentiles(*PERCENTILES, 0.0, 1.0, clip=True)
+        self._pad = SpatialPad(self.spatial_size)
+        self._grid = ResizeWithPadOrCrop(self.spatial_size)
 
     @property
     def fingerprint(self) -> str:
         """Text that changes whenever the result would."""
-        return json.dumps(["v1", self.spatial_size, round(self.spacing_mm, 6), PERCENTILES])
+        return json.dumps(["v2", self.spatial_size, round(self.spacing_mm, 6), PERCENTILES])
 
     def target(self, image: MetaTensor) -> MetaTensor:
-        """Orient, crop, resample and scale one image; not padded, for it may be larger than the grid.
+        """Orient, crop, resample and scale one image, and pad it where it is smaller than the grid.
+
+        It is not cropped where it is larger. Padding is part of the result, for the network's answer in it counts: a
+        task's input may be blank where its output is not.
 
         Args:
             image: ``(1, H, W, D)`` with the affine of its own space.
 
         Returns:
-            ``(1, h, w, d)`` float32 in [0, 1], with its operations recorded for :meth:`to_native`.
+            ``(1, h, w, d)`` float32 in [0, 1], at least as large as the grid, with its place in the image noted for
+            :meth:`to_native`.
         """
-        return self._intensity(self._geometry({"image": image}))["image"]
+        axes, counts = self._lay_grid(image)
+        voxels = self._intensity(sample_linear(image[0].as_tensor(), axes, counts)[None])
+        axes = [
+            GridAxis(a.axis, a.flipped, a.size, a.start, a.step, before=max(size - count, 0) // 2)
+            for a, count, size in zip(axes, counts, self.spatial_size, strict=True)
+        ]
+        affine = np.asarray(image.affine, dtype=float)
+        meta = _without_affine(image.meta) | {_SOURCE_AFFINE: affine, _GRID_AXES: _as_array(axes)}
+        return MetaTensor(self._pad(voxels).as_tensor(), affine=torch.as_tensor(grid_affine(affine, axes)), meta=meta)
 
     def pair(self, image: MetaTensor, label: MetaTensor) -> tuple[Tensor, Tensor]:
         """A labelled case on the network's grid.
@@ -112,9 +123,11 @@ class Preprocessing:
         Returns:
             Image in [0, 1] (float32) and label numbers (uint8 or int32), each ``(1, *spatial_size)``.
         """
-        data = self._grid(self._intensity(self._geometry({"image": image, "label": label})))
-        label = data["label"].as_tensor().round()
-        return data["image"].as_tensor().float(), label.to(torch.uint8 if label.max() < 256 else torch.int32)
+        axes, counts = self._lay_grid(image, label)
+        voxels = self._intensity(sample_linear(image[0].as_tensor(), axes, counts)[None])
+        numbers = sample_labels(label[0].as_tensor(), axes, counts)[None].round()
+        numbers = numbers.to(torch.uint8 if numbers.max() < 256 else torch.int32)
+        return self._grid(voxels).as_tensor(), self._grid(numbers).as_tensor()
 
     def image(self, image: MetaTensor) -> Tensor:
         """One image on the network's grid.
@@ -125,7 +138,7 @@ class Preprocessing:
         Returns:
             ``(1, *spatial_size)`` float32 in [0, 1].
         """
-        return self._grid({"image": self.target(image)})["image"].as_tensor().float()
+        return self._grid(self.target(image).as_tensor()).as_tensor()
 
     def image_pair(self, image: MetaTensor, output: MetaTensor) -> tuple[Tensor, Tensor]:
         """A pair of images (input and wanted output of a generation task) on the network's grid.
@@ -140,33 +153,129 @@ class Preprocessing:
         Raises:
             ValueError: the two are not on the same voxels.
         """
-        both = self._same_geometry(image, output)
-        first, second = (self._grid(self._intensity({"image": one}))["image"] for one in both)
-        return first.as_tensor().float(), second.as_tensor().float()
+        first, second = (self._grid(self._intensity(one)).as_tensor() for one in self._on_one_box(image, output))
+        return first, second
 
     def intensity_range(self, image: MetaTensor, output: MetaTensor) -> tuple[float, float]:
         """The intensities of ``output`` that :meth:`image_pair` makes 0 and 1."""
-        _, output = self._same_geometry(image, output)
+        _, output = self._on_one_box(image, output)
         low, high = (percentile(output, q) for q in PERCENTILES)
         return float(low), float(high)
 
-    def _same_geometry(self, image: MetaTensor, output: MetaTensor) -> Sequence[MetaTensor]:
-        if image.shape != output.shape:
-            raise ValueError(f"input and output image differ in shape: {tuple(image.shape)}, {tuple(output.shape)}")
-        return self._geometry({"image": MetaTensor(torch.cat((image, output)), affine=image.affine)})["image"].split(1)
-
-    def to_native(self, scores: Tensor, target: MetaTensor) -> MetaTensor:
-        """Bring per-label scores on a preprocessed target's voxels back to the target's own space.
+    def to_native(self, scores: Tensor, target: MetaTensor, order: int = 1) -> MetaTensor:
+        """Bring scores on a preprocessed target's voxels back to the target's own space.
 
         Args:
             scores: ``(K, h, w, d)`` on the voxels of ``target``.
-            target: from :meth:`target` of this very object.
+            target: from :meth:`target`.
+            order: of the splines, 1 (trilinear) or 3 (cubic, as :meth:`to_native_labels` has it).
 
         Returns:
-            ``(K, H, W, D)``, trilinearly resampled, 0 outside the foreground box, with the source's affine.
+            ``(K, H, W, D)`` float32, 0 outside the grid, with the source's affine and meta data. For label numbers,
+            :meth:`to_native_labels` needs a fraction of the memory.
+
+        Raises:
+            ValueError: scores of other voxels than the target's.
         """
-        answer = MetaTensor(scores, affine=target.affine, applied_operations=list(target.applied_operations))
-        return self._geometry.inverse({"image": answer})["image"]
+        slabs = _slabs_of(scores, target, order)
+        native = np.zeros((len(scores), *slabs.shape), np.float32)
+        for score, result in zip(scores, native, strict=True):
+            score = spline_coefficients(score) if order == 3 else score
+            for part in slabs:
+                slabs.put(slabs.interpolate(score, part), part, result)
+        return _in_source_space(torch.from_numpy(native), target)
+
+    def to_native_labels(
+        self, scores: Tensor, target: MetaTensor, values: Sequence[int], threshold: float
+    ) -> MetaTensor:
+        """Bring scores back to the target's own space and give each voxel the label with the highest one.
+
+        The scores are resampled by cubic splines, label by label and slab by slab. The threshold is that of a label
+        on its own. Between two labels that touch, both scores fall below it, and a gap would open: there the second
+        highest score counts as not being background, and the threshold is for the best one's share of what is left.
+
+        Args:
+            scores: ``(K, h, w, d)`` on the voxels of ``target``.
+            target: from :meth:`target`.
+            values: K label numbers.
+            threshold: voxels whose highest score is not above ``threshold * (1 - second)`` are background, where
+                ``second`` is the second highest score, if that is above 0.05, or else 0. For exclusive
+                labels this is nearly the highest of all shares, the background's included.
+
+        Returns:
+            ``(1, H, W, D)`` uint8 (int16 or int32 where the numbers need it), with the source's affine and meta data.
+            At equal scores the first label wins.
+
+        Raises:
+            ValueError: scores of other voxels than the target's, or not one per label.
+        """
+        if len(values) != len(scores):
+            raise ValueError(f"need one score per label, got {len(scores)} for {len(values)} labels")
+        smallest = next(t for t in (np.uint8, np.int16, np.int32) if max(values) <= np.iinfo(t).max)
+        slabs = _slabs_of(scores, target, order=3)
+        splines = [spline_coefficients(score) for score in scores]
+        counting = [spline > _TOUCHING for spline in splines]
+        native = np.zeros(slabs.shape, smallest)
+        for part in slabs:
+            number = torch.zeros(slabs.shape_of(part), dtype=torch.int32)
+            best, second = torch.zeros(number.shape), torch.zeros(number.shape)
+            for spline, high, value in zip(splines, counting, values, strict=True):
+                region = slabs.region(high, part)
+                if region is None:
+                    continue
+                score = slabs.interpolate(spline, part, region)
+                number[region].masked_fill_(score > best[region], value)
+                second[region] = torch.maximum(second[region], torch.minimum(best[region], score))
+                best[region] = torch.maximum(best[region], score)
+            second.masked_fill_(second <= _TOUCHING, 0)
+            number.masked_fill_(best <= threshold * (1 - second), 0)
+            slabs.put(number, part, native)
+        return _in_source_space(torch.from_numpy(native)[None], target)
+
+    def _lay_grid(self, image: MetaTensor, label: MetaTensor | None = None) -> tuple[list[GridAxis], list[int]]:
+        data = {"image": image.as_tensor()} | ({} if label is None else {"label": label.as_tensor()})
+        mask = ForegroundMask()(data)["foreground"][0]
+        flat, side = mask.any(2), mask.any(1)  # (MONAI's bounding box needs eight times the mask's memory)
+        hits = [hit.nonzero() for hit in (flat.any(1), flat.any(0), side.any(0))]
+        box = [(int(hit[0]), int(hit[-1]) + 1) for hit in hits]
+        return grid_axes(np.asarray(image.affine, dtype=float), image.shape[1:], box, self.spacing_mm)
+
+    def _on_one_box(self, image: MetaTensor, output: MetaTensor) -> list[Tensor]:
+        if image.shape != output.shape:
+            raise ValueError(f"input and output image differ in shape: {tuple(image.shape)}, {tuple(output.shape)}")
+        both = torch.cat((image.as_tensor(), output.as_tensor()))
+        axes, counts = self._lay_grid(MetaTensor(both, affine=image.affine))
+        return [sample_linear(one, axes, counts)[None] for one in both]
+
+
+def _as_array(axes: Sequence[GridAxis]) -> np.ndarray:
+    """``(3, 6)``: a form that goes through MONAI's collation."""
+    return np.array([[a.axis, a.flipped, a.size, a.start, a.step, a.before] for a in axes], dtype=np.float64)
+
+
+def _slabs_of(scores: Tensor, target: MetaTensor, order: int) -> ScanSlabs:
+    if _GRID_AXES not in target.meta:
+        raise ValueError("the target does not come from Preprocessing.target: its own space is not known")
+    if scores.shape[1:] != target.shape[1:]:
+        raise ValueError(f"scores of {tuple(scores.shape[1:])} voxels do not fit a target of {tuple(target.shape[1:])}")
+    rows = np.asarray(target.meta[_GRID_AXES], dtype=np.float64).reshape(3, 6)
+    axes = [
+        GridAxis(int(axis), bool(flipped), int(size), int(start), float(step), int(before))
+        for axis, flipped, size, start, step, before in rows
+    ]
+    return ScanSlabs(axes, target.shape[1:], order)
+
+
+def _without_affine(meta: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in meta.items() if key != MetaKeys.AFFINE}
+
+
+def _in_source_space(voxels: Tensor, target: MetaTensor) -> MetaTensor:
+    meta = {
+        key: value for key, value in _without_affine(target.meta).items() if key not in (_GRID_AXES, _SOURCE_AFFINE)
+    }
+    affine = torch.as_tensor(np.asarray(target.meta[_SOURCE_AFFINE]), dtype=torch.float64).reshape(4, 4)
+    return MetaTensor(voxels, affine=affine, meta=meta)
 
 
 class LoadCase(Transform):

@@ -110,6 +110,18 @@ FAULTS = {
     "2D image": (lambda r, n: rewrite(image(r, n), lambda v, a: (v[:, :, 0], a)), r"image \S+ must be one 3D volume"),
     "NaN image": (lambda r, n: rewrite(image(r, n), set_voxel(np.nan, np.float32)), "image holds NaN or infinite"),
     "infinite image": (lambda r, n: rewrite(image(r, n), set_voxel(np.inf, np.float32)), "image holds NaN or infinite"),
+    "constant image": (
+        lambda r, n: rewrite(image(r, n), lambda v, a: (np.full_like(v, 7), a)),
+        r"image is constant \(every voxel is 7\): is it the right file\?",
+    ),
+    "absurd spacing": (
+        lambda r, n: rewrite(image(r, n), lambda v, a: (v, np.diag([1e-3, 1e-3, 1e-3, 1]) @ a)),
+        r"image \S+ has voxels of 0.001 x 0.002 x 0.0015 mm, not within 0.01 to 50 mm: mend the spacing",
+    ),
+    "one voxel": (
+        lambda r, n: rewrite(image(r, n), lambda v, a: (v[:1, :1, :1], a)),
+        r"image \S+ must be one 3D volume, got \(1, 1, 1\) voxels",
+    ),
     "unknown value": (
         lambda r, n: rewrite(label(r, n), set_voxel(7, np.uint8)),
         r"label values \[7\] are not in dataset\.json",
@@ -238,6 +250,7 @@ def test_pairs_of_images(translations):
     "change, text",
     [
         (set_voxel(np.nan, np.float32), "output holds NaN"),
+        (lambda v, a: (v * 0, a), r"output is constant \(every voxel is 0\)"),
         (lambda v, a: (v[1:], a), "image and output differ in shape"),
         (shifted, "image and output differ in affine"),
         (lambda v, a: (v[..., None].repeat(2, -1), a), r"output \S+ must be one 3D volume"),

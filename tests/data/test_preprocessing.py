@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.data import MetaTensor
 
-from scripts.data import Preprocessing, preprocessing
+from scripts.data import Preprocessing, preprocessing, resampling
 from scripts.data.preprocessing import LoadCase, fit_spacing, load_volume
 from scripts.data.volumes import VolumeError
 
@@ -74,10 +74,13 @@ def test_a_pair_has_the_grids_shape_and_range(grid, spacing):
     assert set(label.unique().tolist()) == {0, 3}
 
 
-def test_a_target_is_in_range_and_not_padded():
-    target = Preprocessing((16, 16, 16), 2.0).target(volume(noise((20, 12, 10))))
-    assert target.shape[0] == 1 and max(target.shape[1:]) < 16
+def test_a_target_is_in_range_and_at_least_as_large_as_the_grid():
+    process = Preprocessing((8, 8, 8), 2.0)
+    target = process.target(volume(noise((21, 12, 10))))
+    assert target.shape == (1, 11, 8, 8), "padded where it is smaller, whole where it is larger"
     assert target.dtype == torch.float32 and target.min() == 0 and target.max() == 1
+    image = process.image(volume(noise((21, 12, 10))))
+    assert torch.equal(image, target.as_tensor()[:, 1:9])
 
 
 def test_outliers_are_clipped():
@@ -215,13 +218,48 @@ def test_answers_have_the_sources_shape_and_affine(source, spacing):
     np.testing.assert_allclose(native.affine, affine, rtol=0, atol=1e-9)
 
 
-def test_answers_are_background_outside_of_the_foreground_box():
+def test_answers_reach_as_far_as_the_grid():
     voxels = np.zeros((20, 20, 20), np.float32)
     voxels[5:15, 4:12, 6:13] = noise((10, 8, 7)) + 1
+    for spacing, edge in ((1.3, 16 * 1.3), (0.5, 10)):
+        process = Preprocessing((16, 16, 16), spacing)
+        target = process.target(volume(voxels))
+        native = process.to_native(torch.ones(1, *target.shape[1:]), target)[0].as_tensor()
+        assert torch.all(native[5:15, 4:12, 6:13] == 1), "the foreground box is always on it"
+        assert set(native.unique().tolist()) == {0, 1}
+        assert native.sum() ** (1 / 3) == pytest.approx(edge, abs=2.5)
+
+
+def test_a_target_serves_many_times():
     process = Preprocessing((16, 16, 16), 1.3)
-    target = process.target(volume(voxels))
-    native = process.to_native(torch.ones(1, *target.shape[1:]), target)[0].as_tensor()
-    assert torch.all(native[5:15, 4:12, 6:13] == 1) and native.sum() == 10 * 8 * 7
+    target = process.target(volume(noise((12, 10, 9))))
+    scores = torch.rand(2, *target.shape[1:])
+    first, labels = process.to_native(scores, target), process.to_native_labels(scores, target, [1, 300], 0.5)
+    assert torch.equal(first.as_tensor(), process.to_native(scores, target).as_tensor())
+    assert labels.dtype == torch.int16 and set(labels.unique().tolist()) == {0, 1, 300}
+
+
+def test_slabs_make_no_difference(monkeypatch):
+    process, scan = Preprocessing((16, 16, 16), 1.3), volume(noise((12, 10, 9)))
+    target = process.target(scan)
+    scores = torch.rand(2, *target.shape[1:])
+    maps, labels = process.to_native(scores, target), process.to_native_labels(scores, target, [1, 2], 0.5)
+    monkeypatch.setattr(resampling, "SLAB_VOXELS", 1)
+    assert torch.equal(process.target(scan).as_tensor(), target.as_tensor())
+    torch.testing.assert_close(process.to_native(scores, target).as_tensor(), maps.as_tensor())
+    again = process.to_native_labels(scores, target, [1, 2], 0.5)
+    assert (again.as_tensor() == labels.as_tensor()).float().mean() > 0.999, "but for rounding"
+
+
+def test_scores_that_do_not_fit():
+    process = Preprocessing((8, 8, 8), 1.0)
+    target = process.target(volume(noise((8, 8, 8))))
+    with pytest.raises(ValueError, match=r"scores of \(8, 8, 7\) voxels do not fit a target of \(8, 8, 8\)"):
+        process.to_native(torch.zeros(1, 8, 8, 7), target)
+    with pytest.raises(ValueError, match="one score per label, got 1 for 2 labels"):
+        process.to_native_labels(torch.zeros(1, 8, 8, 8), target, [1, 2], 0.5)
+    with pytest.raises(ValueError, match=r"does not come from Preprocessing\.target"):
+        process.to_native(torch.zeros(1, 8, 8, 8), volume(noise((8, 8, 8))))
 
 
 @pytest.mark.parametrize("zooms, degrees", [((1, 1, 1), 0), ((0.8, 1, 1.5), 0), ((1, 1, 1), 20), ((0.8, 1, 1.5), -15)])

@@ -1,9 +1,16 @@
-"""The context set: example pairs on the network's grid, from files or arrays."""
+"""The context set: example pairs on the network's grid, and which of them serve a target."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import logging
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,273 +18,316 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from torch import Tensor
+from tqdm import tqdm
 
-from scripts.data.collection import read_split
-from scripts.data.integrity import inspect_cases, sound_cases
-from scripts.data.nnunet import Case, DatasetError, find_datasets
-from scripts.data.preprocessing import Preprocessing, fit_spacing
-from scripts.data.volumes import load_volume, volume_digest
+from scripts.atomic import write_json
+from scripts.data.preprocessing import Preprocessing
+from scripts.data.volumes import load_volume
+from scripts.thumbnails import correlation, thumbnail
 
 logger = logging.getLogger(__name__)
 
+_CACHE_BYTES = 2**30
+"""Pairs on the grid that are kept for the next target; about 100 at 128 voxels each way."""
+
+_READERS = 2
+"""Threads that read pairs; more would need memory for as many scans at full size."""
+
+NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Example:
+    """A context pair before it is on the grid.
+
+    Attributes:
+        name: what reports call it.
+        image: path, or ``(1, H, W, D)`` with its affine.
+        answer: the same for its label map; for generation the wanted output.
+        image_digest: recognises the scan (``volume_digest``).
+        digest: changes with anything in either volume.
+    """
+
+    name: str
+    image: str | MetaTensor
+    answer: str | MetaTensor
+    image_digest: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is remembered of a pair when it is not in memory."""
+
+    values: tuple[int, ...]
+    output_range: tuple[float, float]
+    thumbnail: Tensor
+
+    def to_json(self) -> dict[str, Any]:
+        voxels = self.thumbnail.numpy()
+        return {
+            "values": self.values,
+            "output_range": self.output_range,
+            "thumbnail": base64.b64encode(voxels.tobytes()).decode(),
+            "size": voxels.shape,
+        }
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> _Facts:
+        voxels = np.frombuffer(base64.b64decode(content["thumbnail"]), np.uint8).reshape(content["size"])
+        return cls(tuple(content["values"]), tuple(content["output_range"]), torch.from_numpy(voxels.copy()))
+
 
 class ContextSet:
-    """L context pairs, all at one spacing that fits every candidate into the grid.
+    """L context pairs at one spacing, and the choice among them.
+
+    Every pair is looked at once (:meth:`describe`). On the grid, pairs are kept in memory: all of them if every
+    target uses all, else the last used ones, and others are read from their files again when they are needed.
+
+    Args:
+        examples: the pairs.
+        preprocessing: what brings them, and targets, to the grid.
+        generation: the answers are images.
+        similar: use, of those that come into question for a target, only this many that look most like it; None
+            uses all.
+        known_values: label numbers that are no background; others are made background. None keeps all.
+        record: JSON file to remember what the pairs hold, so that another run need not look at them; None
+            remembers nothing.
+        notes: what is to be said in reports about how the set was made.
 
     Attributes:
         names: one per pair.
-        images: ``(L, 1, H, W, D)`` in [0, 1], host memory.
-        labels: ``(L, 1, H, W, D)``: label numbers; for generation the wanted output in [0, 1].
-        preprocessing: what brings a target to the same grid.
-        digests: SHA-256 of each image's voxels and affine.
-        output_range: generation: mean intensities that 0 and 1 of the outputs stand for.
+        digests: recognise each pair's scan (``volume_digest``).
+        preprocessing: as given.
+        generation: as given.
     """
 
     def __init__(
         self,
-        names: Sequence[str],
-        images: Tensor,
-        labels: Tensor,
+        examples: Sequence[Example],
         preprocessing: Preprocessing,
-        digests: Sequence[str],
-        output_range: tuple[float, float] = (0.0, 1.0),
+        generation: bool = False,
+        similar: int | None = None,
+        known_values: Sequence[int] | None = None,
+        record: str | Path | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
-        self.names = list(names)
-        self.images = images
-        self.labels = labels
+        self.names = [example.name for example in examples]
+        self.digests = [example.image_digest for example in examples]
         self.preprocessing = preprocessing
-        self.digests = list(digests)
-        self.output_range = output_range
+        self.generation = generation
+        self._examples = list(examples)
+        self._similar = similar
+        self._known_values = None if known_values is None else torch.tensor(sorted(known_values))
+        self._record = record
+        self._notes = list(notes)
+        all_at_once = len(examples) if similar is None else similar
+        pair_bytes = 5 * int(np.prod(preprocessing.spatial_size))  # float32 image, uint8 labels
+        self._on_grid = lru_cache(max(all_at_once, _CACHE_BYTES // pair_bytes))(self._read)
 
     def __len__(self) -> int:
         """L."""
         return len(self.names)
 
+    # --- voxels
+
+    def pairs(self, numbers: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Some pairs on the grid.
+
+        Args:
+            numbers: which, in this order; None for all.
+
+        Returns:
+            Images ``(n, 1, H, W, D)`` in [0, 1] (float32) and answers of the same shape: label numbers (int32), or
+            for generation the wanted outputs in [0, 1]. Host memory.
+        """
+        found = [self._on_grid(i)[:2] for i in (range(len(self)) if numbers is None else numbers)]
+        kind = torch.float32 if self.generation else torch.int32
+        return torch.stack([image for image, _ in found]), torch.stack([answer.to(kind) for _, answer in found])
+
+    def episode(self, numbers: Sequence[int], value: int) -> tuple[Tensor, Tensor]:
+        """Some pairs as the network takes them for one label.
+
+        Args:
+            numbers: which pairs.
+            value: the label; of no concern for generation.
+
+        Returns:
+            Images and wanted outputs ``(n, 1, H, W, D)`` float32; for segmentation 1 where the label is, else 0.
+        """
+        images, answers = self.pairs(numbers)
+        return images, answers if self.generation else (answers == value).float()
+
     @property
-    def label_values(self) -> list[int]:
-        """Label numbers that occur in the pairs, background left out."""
-        return [int(v) for v in torch.unique(self.labels) if v > 0]
+    def images(self) -> Tensor:
+        """All images, ``(L, 1, H, W, D)``; for sets that fit into memory."""
+        return self.pairs()[0]
 
-    def holding(self, value: int) -> list[int]:
-        """Numbers of the pairs that have a label."""
-        return (self.labels == value).flatten(1).any(1).nonzero().flatten().tolist()
+    @property
+    def labels(self) -> Tensor:
+        """All answers, ``(L, 1, H, W, D)``; for sets that fit into memory."""
+        return self.pairs()[1]
 
-    def same_image(self, digest: str) -> list[int]:
-        """Numbers of the pairs with this very image: a target is never its own context."""
-        return [i for i, known in enumerate(self.digests) if known == digest]
+    def native(self, number: int) -> tuple[MetaTensor, MetaTensor]:
+        """Image and answer of a pair on their own voxels, read again if they came from files.
 
+        Args:
+            number: of the pair.
 
-def context_cases(
-    context_dir: str | Path,
-    channel: int = 0,
-    label_channel: int | None = None,
-    split_file: str | Path | None = None,
-    record: str | Path | None = None,
-    skip_bad_cases: bool = False,
-) -> list[Case]:
-    """Candidate pairs of an nnU-Net dataset folder, inspected.
-
-    Args:
-        context_dir: the folder, with ``imagesTr`` and ``labelsTr``.
-        channel: image channel.
-        label_channel: generation: the channel that is the wanted output, instead of ``labelsTr``.
-        split_file: take only the cases in its training part.
-        record: where to remember what was found in the files.
-        skip_bad_cases: leave faulty cases out instead of raising.
-
-    Raises:
-        FileNotFoundError, DatasetError: nothing there, or faulty cases (all named).
-    """
-    if not Path(context_dir).is_dir():
-        raise FileNotFoundError(f"no folder {context_dir}: --context_dir takes an nnU-Net dataset folder")
-    datasets = find_datasets(context_dir)
-    if len(datasets) > 1:
-        names = ", ".join(d.name for d in datasets)
-        raise DatasetError(f"--context_dir takes one dataset, {context_dir} has {names}")
-    cases = datasets[0].cases(channel, "label" if label_channel is None else label_channel)
-    inspected = sound_cases(inspect_cases(cases, record), skip_bad_cases)
-    if split_file is None:
-        return inspected
-    training = read_split(split_file, inspected)["train"]
-    if not training:
-        raise DatasetError(f"{split_file} has no training cases of {datasets[0].name} to take contexts from")
-    return training
-
-
-def listed_cases(
-    images: Sequence[str],
-    labels: Sequence[str],
-    generation: bool = False,
-    record: str | Path | None = None,
-    skip_bad_cases: bool = False,
-) -> list[Case]:
-    """Candidate pairs given file by file, inspected; each is called by its image's path.
-
-    Args:
-        images: paths of the images.
-        labels: path of each one's label map (for generation: of its wanted output).
-        generation: the answers are images.
-        record: where to remember what was found in the files.
-        skip_bad_cases: leave faulty pairs out instead of raising.
-
-    Raises:
-        ValueError: not as many labels as images, or none.
-        DatasetError: faulty pairs (all named).
-    """
-    if not images or len(images) != len(labels):
-        raise ValueError(
-            f"--context_images and --context_labels need equally many files, at least one: got {len(images)} and "
-            f"{len(labels)}"
-        )
-    kind = "output" if generation else "label"
-    cases = [{"image": i, kind: answer, "case": i} for i, answer in zip(images, labels, strict=True)]
-    return sound_cases(inspect_cases(cases, record), skip_bad_cases)
-
-
-def choose(cases: Sequence[Case], count: int, selection: str = "random", seed: int = 0) -> list[Case]:
-    """``count`` of the candidates (all, if there are no more), in the order of their names.
-
-    Raises:
-        ValueError: unknown selection.
-    """
-    if selection not in ("random", "first"):
-        raise ValueError(f"--context_selection must be random or first, got {selection!r}")
-    if len(cases) <= count:
-        return list(cases)
-    picks = range(count) if selection == "first" else np.random.default_rng(seed).permutation(len(cases))[:count]
-    return [cases[i] for i in sorted(picks)]
-
-
-def load_contexts(
-    candidates: Sequence[Case], chosen: Sequence[Case], spatial_size: Sequence[int], spacing: float | None = None
-) -> ContextSet:
-    """Read the chosen pairs onto the grid; the spacing fits all candidates, so that it does not hang on the choice.
-
-    Args:
-        candidates: inspected cases.
-        chosen: those to use.
-        spatial_size: the network's grid.
-        spacing: isotropic voxel size in mm; None fits the largest candidate.
-    """
-    preprocessing = Preprocessing(spatial_size, spacing or fit_spacing(candidates, spatial_size))
-    pairs = [(load_volume(c["image"]), load_volume(c.get("output") or c["label"])) for c in chosen]
-    contexts = build_contexts(
-        [c["case"] for c in chosen], pairs, preprocessing, generation="output" in chosen[0]
-    )  # fmt: skip
-    if classes := chosen[0].get("classes"):  # values of no class (nnU-Net's "ignore") are not to be predicted
-        known = torch.tensor(sorted({value for values in classes.values() for value in values}))
-        contexts.labels *= torch.isin(contexts.labels, known.to(contexts.labels.dtype))
-    return contexts
-
-
-def build_contexts(
-    names: Sequence[str],
-    pairs: Sequence[tuple[MetaTensor, MetaTensor]],
-    preprocessing: Preprocessing,
-    generation: bool = False,
-) -> ContextSet:
-    """Preprocess volumes ``(1, H, W, D)`` into a context set."""
-    on_grid = [
-        preprocessing.image_pair(image, output) if generation else preprocessing.pair(image, output)
-        for image, output in pairs
-    ]
-    ranges = [preprocessing.intensity_range(*pair) for pair in pairs] if generation else [(0.0, 1.0)]
-    labels: list[Any] = [label for _, label in on_grid]
-    return ContextSet(
-        names,
-        torch.stack([image for image, _ in on_grid]),
-        torch.stack([label.to(labels[0].dtype if generation else torch.int32) for label in labels]),
-        preprocessing,
-        [volume_digest(image) for image, _ in pairs],
-        tuple(float(np.mean(bounds)) for bounds in zip(*ranges, strict=True)),
-    )
-
-
-class ContextSource:
-    """Chooses and reads the context set of a run when it is first asked for.
-
-    Args:
-        context_dir: nnU-Net dataset folder with the pairs; or None, and ``images`` and ``labels``.
-        network: its ``grid`` is the grid; it is known only once its weights are.
-        context_size: use at most this many pairs.
-        channel: image channel.
-        label_channel: generation: channel of the wanted output.
-        selection: ``random`` or ``first``, when there are more pairs.
-        split_file: take pairs only from its training part.
-        spacing: voxel size in mm; None fits the largest candidate into the grid.
-        skip_bad_cases: leave faulty pairs out instead of raising.
-        record: where to remember what was found in the files.
-        seed: of the random choice.
-        images: paths of the pairs' images, instead of ``context_dir``; the split has no say in them.
-        labels: paths of their labels (for generation: of the wanted outputs).
-
-    Raises:
-        ValueError: a senseless ``context_size``, or pairs given in both ways.
-    """
-
-    def __init__(
-        self,
-        context_dir: str | None,
-        network: torch.nn.Module,
-        context_size: int = 8,
-        channel: int = 0,
-        label_channel: int | None = None,
-        selection: str = "random",
-        split_file: str | None = None,
-        spacing: float | None = None,
-        skip_bad_cases: bool = False,
-        record: str | None = None,
-        seed: int = 0,
-        images: Sequence[str] | None = None,
-        labels: Sequence[str] | None = None,
-    ) -> None:
-        if not isinstance(context_size, int) or context_size < 1:
-            raise ValueError(f"--context_size must be one number of at least 1 for inference, got {context_size}")
-        if context_dir is not None and (images or labels):
-            raise ValueError("give either --context_dir, or --context_images and --context_labels")
-        self.context_dir = context_dir
-        self.network = network
-        self.context_size = context_size
-        self.channel = channel
-        self.label_channel = label_channel
-        self.selection = selection
-        self.split_file = split_file
-        self.spacing = spacing
-        self.skip_bad_cases = skip_bad_cases
-        self.record = record
-        self.seed = seed
-        self.images = images
-        self.labels = labels
-
-    def __call__(self) -> ContextSet:
-        """Read the pairs.
+        Returns:
+            Both ``(1, H, W, D)`` float32 with their affines; arrays as they were given, not copies of them.
 
         Raises:
-            ValueError: no folder and no files given, or not as many labels as images.
-            DatasetError: faulty pairs, or none.
+            VolumeError: a file can no longer be read.
         """
-        if self.images or self.labels:
-            generation = self.label_channel is not None
-            candidates = listed_cases(
-                self.images or (), self.labels or (), generation, self.record, self.skip_bad_cases
-            )
-        elif self.context_dir is not None:
-            candidates = context_cases(
-                self.context_dir, self.channel, self.label_channel, self.split_file, self.record, self.skip_bad_cases
-            )
-        else:
-            raise ValueError(
-                "no contexts: give --context_dir, an nnU-Net dataset folder with example pairs, or --context_images "
-                "and --context_labels"
-            )
-        chosen = choose(candidates, self.context_size, self.selection, self.seed)
-        contexts = load_contexts(candidates, chosen, self.network.grid.tolist(), self.spacing)
-        logger.info(
-            "%d of %d contexts (%s), %.3g mm voxels: %s",
-            len(chosen),
-            len(candidates),
-            self.selection,
-            contexts.preprocessing.spacing_mm,
-            ", ".join(contexts.names),
-        )
-        return contexts
+        example = self._examples[number]
+        image, answer = (load_volume(v) if isinstance(v, str) else v for v in (example.image, example.answer))
+        if self._known_values is not None and not self.generation:
+            answer = answer * torch.isin(answer, self._known_values.to(answer.dtype))
+        return image, answer
+
+    def _read(self, number: int) -> tuple[Tensor, Tensor, tuple[float, float]]:
+        image, answer = self.native(number)
+        if not self.generation:
+            return *self.preprocessing.pair(image, answer), (0.0, 1.0)
+        bounds = self.preprocessing.intensity_range(image, answer)
+        return *self.preprocessing.image_pair(image, answer), bounds
+
+    # --- what the pairs hold
+
+    def describe(self) -> None:
+        """Look at every pair now, rather than when something about them is first asked for.
+
+        Raises:
+            VolumeError: a file can no longer be read.
+        """
+        _ = self._facts
+
+    @cached_property
+    def _facts(self) -> list[_Facts]:
+        known = _read_record(self._record)
+        settings = [self.preprocessing.fingerprint, self.generation, self._known_numbers()]
+        keys = [hashlib.sha256(json.dumps([e.digest, *settings]).encode()).hexdigest() for e in self._examples]
+        new = [i for i, key in enumerate(keys) if key not in known]
+        started = time.monotonic()
+        with ThreadPoolExecutor(_READERS) as pool:
+            found = pool.map(self._look_at, new)
+            few = len(new) <= 16
+            for i, facts in zip(new, tqdm(found, "reading contexts", len(new), unit="pair", disable=few), strict=True):
+                known[keys[i]] = facts
+        if self._similar is not None:
+            seconds = time.monotonic() - started
+            logger.info("looked at %d contexts in %.1f s; %d were known", len(new), seconds, len(keys) - len(new))
+        if self._record is not None and new:
+            write_json({key: facts.to_json() for key, facts in known.items()}, self._record)
+        return [known[key] for key in keys]
+
+    def _look_at(self, number: int) -> _Facts:
+        image, answer, bounds = self._on_grid(number)
+        values = () if self.generation else tuple(int(v) for v in torch.unique(answer) if v > 0)
+        return _Facts(values, bounds, thumbnail(image, self.preprocessing.spatial_size))
+
+    @property
+    def label_values(self) -> list[int]:
+        """Label numbers that occur in the pairs on the grid, background left out; none for generation."""
+        return sorted({value for facts in self._facts for value in facts.values})
+
+    def holding(self, value: int) -> list[int]:
+        """Numbers of the pairs that have a label on the grid; for generation of all pairs."""
+        return [i for i, facts in enumerate(self._facts) if self.generation or value in facts.values]
+
+    @property
+    def output_range(self) -> tuple[float, float]:
+        """Generation: mean intensities, over all pairs, that 0 and 1 of the outputs stand for."""
+        low, high = np.mean([facts.output_range for facts in self._facts], axis=0)
+        return float(low), float(high)
+
+    @property
+    def fingerprint(self) -> str:
+        """Text that changes with the pairs, the grid, or how a target's contexts are chosen."""
+        facts = [self.preprocessing.fingerprint, self.generation, self._similar, self._known_numbers()]
+        return json.dumps([*facts, [example.digest for example in self._examples]])
+
+    def _known_numbers(self) -> list[int] | None:
+        return None if self._known_values is None else self._known_values.tolist()
+
+    def warnings(self, values: Sequence[int]) -> list[str]:
+        """What a reader of the results should know about the set.
+
+        Args:
+            values: the labels that are wanted.
+
+        Returns:
+            Sentences: how the set was made, and which pairs lack a wanted label or have none.
+        """
+        if self.generation:
+            return list(self._notes)
+        empty = [name for name, facts in zip(self.names, self._facts, strict=True) if not facts.values]
+        found = [f"no label is left on the grid of {listing(empty)}: not used"] if empty else []
+        for value in values:
+            having = self.holding(value)
+            if having and len(having) < len(self):
+                lacking = [name for i, name in enumerate(self.names) if i not in set(having)]
+                found.append(f"label {value} is in {len(having)} of {len(self)} contexts; not in {listing(lacking)}")
+        return [*self._notes, *found]
+
+    # --- which serve a target
+
+    def same_image(self, digest: str) -> list[int]:
+        """Numbers of the pairs with this very scan: a target is never its own context."""
+        return [i for i, known in enumerate(self.digests) if known == digest]
+
+    @cached_property
+    def _thumbnails(self) -> Tensor:
+        return torch.stack([facts.thumbnail for facts in self._facts])
+
+    def similarity(self, target: Tensor) -> Tensor:
+        """How much each pair's image looks like a target, on the grid.
+
+        The measure is the normalised cross-correlation of images averaged to 16 voxels each way.
+
+        Args:
+            target: ``(1, h, w, d)`` or ``(1, 1, h, w, d)`` from the same preprocessing, on any device.
+
+        Returns:
+            ``(L,)`` float32 in [-1, 1].
+        """
+        plain = target.as_tensor() if isinstance(target, MetaTensor) else target
+        shown = thumbnail(plain.reshape(1, *plain.shape[-3:]), self.preprocessing.spatial_size)
+        return correlation(self._thumbnails, shown)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether there are more pairs than serve one target."""
+        return self._similar is not None and self._similar < len(self)
+
+    def choose(self, pool: Sequence[int], similarity: Tensor | None = None) -> list[int]:
+        """The pairs that serve a target.
+
+        Args:
+            pool: numbers of the pairs that come into question.
+            similarity: of every pair to the target, from :meth:`similarity`; needed where the set :attr:`chooses`.
+
+        Returns:
+            Numbers: the whole pool, or the most similar of it, most similar first (of equals the first by number).
+        """
+        if similarity is None or self._similar is None or len(pool) <= self._similar:
+            return list(pool)
+        ranked = similarity.tolist()
+        return sorted(pool, key=lambda i: (-ranked[i], i))[: self._similar]
+
+
+def listing(names: Sequence[str], shown: int = NAMES_SHOWN) -> str:
+    """Names for a message, the first few if there are many."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more if names else "nothing"
+
+
+def _read_record(path: str | Path | None) -> dict[str, _Facts]:
+    if path is None or not Path(path).is_file():
+        return {}
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {key: _Facts.from_json(facts) for key, facts in content.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}  # damaged: every pair is looked at again

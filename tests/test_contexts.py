@@ -1,73 +1,25 @@
-"""The context set: which pairs, at which spacing, and what it knows of itself."""
+"""The context set: its pairs on the grid and in their own space, what it knows of them, whom it chooses."""
 
 from __future__ import annotations
-
-import json
-import logging
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 
 from scripts import contexts
-from scripts.contexts import ContextSource, choose, context_cases, load_contexts
-from scripts.data import DatasetError
+from scripts.context_source import load_contexts
+from scripts.data.example_pairs import context_cases
 from scripts.data.volumes import load_volume, volume_digest
 
 GRID = (16, 16, 16)
-NETWORK = SimpleNamespace(grid=torch.tensor(GRID))
 NAMES = [f"p{i}" for i in range(6)]
 
 
 @pytest.fixture
 def root(make_dataset, tmp_path):
     return make_dataset(tmp_path / "data", cases=NAMES, channels=(0, 1))
-
-
-def rewrite(path, change):
-    source = nib.load(path)
-    nib.save(nib.Nifti1Image(change(np.asanyarray(source.dataobj)), source.affine), path)
-
-
-def source(folder, **settings):
-    return ContextSource(None if folder is None else str(folder), NETWORK, **settings)
-
-
-def names_of(cases):
-    return [case["case"] for case in cases]
-
-
-# --- choice
-
-
-def test_random_choice_is_seeded_and_in_order_of_names():
-    cases = [{"case": f"c{i:02d}"} for i in range(20)]
-    first, again, other = (names_of(choose(cases, 5, seed=seed)) for seed in (1, 1, 2))
-    assert first == again == sorted(first) and len(set(first)) == 5
-    assert first != other
-    drawn = {name for seed in range(30) for name in names_of(choose(cases, 5, seed=seed))}
-    assert len(drawn) == 20
-
-
-def test_first_takes_the_first():
-    cases = [{"case": name} for name in NAMES]
-    assert names_of(choose(cases, 3, "first", seed=7)) == NAMES[:3]
-
-
-@pytest.mark.parametrize("selection", ["random", "first"])
-@pytest.mark.parametrize("count", [6, 7, 100])
-def test_all_are_taken_where_there_are_no_more(selection, count):
-    assert names_of(choose([{"case": name} for name in NAMES], count, selection)) == NAMES
-
-
-def test_unknown_selection():
-    with pytest.raises(ValueError, match="--context_selection must be random or first, got 'best'"):
-        choose([{"case": "a"}], 3, "best")
-
-
-# --- the set
 
 
 def test_pairs_are_on_the_grid(root):
@@ -91,7 +43,7 @@ def test_spacing_does_not_hang_on_the_choice(make_dataset, root):
     assert load_contexts(cases, cases, GRID, spacing=2.5).preprocessing.spacing_mm == 2.5
 
 
-def test_labels_and_who_has_them(root):
+def test_labels_and_who_has_them(root, rewrite):
     rewrite(root / "labelsTr" / "p1.nii.gz", lambda v: np.where(v == 2, 0, v))
     rewrite(root / "labelsTr" / "p3.nii.gz", lambda v: np.zeros_like(v))
     cases = context_cases(root)
@@ -102,13 +54,59 @@ def test_labels_and_who_has_them(root):
     assert load_contexts(cases, [cases[3]], GRID).label_values == []
 
 
-def test_a_target_is_recognised_among_the_contexts(root, tmp_path):
-    cases = context_cases(root)
-    found = load_contexts(cases, cases, GRID)
-    copied = tmp_path / "another name.nii.gz"
-    copied.write_bytes((root / "imagesTr" / "p2_0000.nii.gz").read_bytes())
-    assert found.same_image(volume_digest(load_volume(copied))) == [2]
-    assert found.same_image(volume_digest(load_volume(root / "labelsTr" / "p2.nii.gz"))) == []
+# --- a target among the contexts
+
+
+def reoriented(image, codes):
+    wanted = nib.orientations.axcodes2ornt(codes)
+    return image.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(image.affine), wanted))
+
+
+def nudged(image):
+    affine = image.affine + np.random.default_rng(0).uniform(-1e-6, 1e-6, (4, 4)) * [[1], [1], [1], [0]]
+    return nib.Nifti1Image(np.asanyarray(image.dataobj), affine)
+
+
+def typed(image, dtype):
+    return nib.Nifti1Image(np.asanyarray(image.dataobj).astype(dtype), image.affine)
+
+
+DISGUISES = {
+    "copied": ("x.nii.gz", lambda image: image),
+    "not compressed": ("x.nii", lambda image: image),
+    "float": ("x.nii.gz", lambda image: typed(image, np.float32)),
+    "double": ("x.nii.gz", lambda image: typed(image, np.float64)),
+    "int32": ("x.nii.gz", lambda image: typed(image, np.int32)),
+    "header noise": ("x.nii.gz", nudged),
+    "LPS": ("x.nii.gz", lambda image: reoriented(image, "LPS")),
+    "ASL": ("x.nii.gz", lambda image: reoriented(image, "ASL")),
+    "MGH": ("x.mgz", lambda image: nib.MGHImage(np.asanyarray(image.dataobj).astype(np.float32), image.affine)),
+}
+
+
+@pytest.mark.parametrize("disguise", DISGUISES)
+def test_a_target_is_recognised_among_the_contexts(root, tmp_path, disguise):
+    found = load_contexts(*[context_cases(root)] * 2, GRID)
+    name, change = DISGUISES[disguise]
+    image = nib.load(root / "imagesTr" / "p2_0000.nii.gz")
+    spaced = nib.Nifti1Image(np.asanyarray(image.dataobj), np.diag([0.9375, 0.9375, 1.5, 1]))
+    nib.save(change(spaced), tmp_path / name)
+    assert found.same_image(volume_digest(load_volume(tmp_path / name))) == [2]
+
+
+def test_another_image_is_not_recognised(root, tmp_path, rewrite):
+    found = load_contexts(*[context_cases(root)] * 2, GRID)
+    path = root / "imagesTr" / "p2_0000.nii.gz"
+    for change in (lambda v: v[::-1], lambda v: v + 1, lambda v: v.reshape(16, 8, 32), lambda v: v.transpose(1, 0, 2)):
+        (tmp_path / "other.nii.gz").write_bytes(path.read_bytes())
+        rewrite(tmp_path / "other.nii.gz", change)
+        assert found.same_image(volume_digest(load_volume(tmp_path / "other.nii.gz"))) == []
+
+
+def test_minus_zero_is_zero():
+    voxels = torch.arange(27.0).reshape(1, 3, 3, 3) - 5
+    other = torch.where(voxels == 0, -0.0, voxels)
+    assert volume_digest(MetaTensor(voxels)) == volume_digest(MetaTensor(other))
 
 
 # --- generation
@@ -123,7 +121,7 @@ def test_generation_pairs_are_two_channels(root):
     torch.testing.assert_close(found.labels, 1 - found.images, atol=0.02, rtol=0)
 
 
-def test_generation_output_range_is_that_of_the_outputs(root):
+def test_generation_output_range_is_that_of_the_outputs(root, rewrite):
     # a small object in much air
     for path in (root / "imagesTr").iterdir():
         scale = 1 if path.name.endswith("_0000.nii.gz") else 5
@@ -141,158 +139,192 @@ def test_generation_output_range_is_that_of_the_outputs(root):
     assert (low, high) == pytest.approx((500, 3055), abs=20)
 
 
-def test_generation_needs_the_second_channel_of_every_case(root):
-    for name in ("p1", "p4"):
-        (root / "imagesTr" / f"{name}_0001.nii.gz").unlink()
-    with pytest.raises(DatasetError, match=r"(?s)p1: output file is missing.*p4: output file is missing"):
-        context_cases(root, label_channel=1)
-
-
-def test_generation_without_the_second_channel(root):
-    with pytest.raises(DatasetError, match=r"no files of channel 0002 \(channels there: \[0, 1\]\)"):
-        context_cases(root, label_channel=2)
-
-
-def test_generation_needs_no_labels(root):
-    for path in (root / "labelsTr").iterdir():
-        path.unlink()
-    assert names_of(context_cases(root, label_channel=1)) == NAMES
-
-
-@pytest.mark.parametrize("skip", [False, True])
-def test_faulty_outputs_are_named_or_left_out(root, skip, caplog):
-    rewrite(root / "imagesTr" / "p1_0001.nii.gz", lambda v: v[1:])
-    (root / "imagesTr" / "p3_0001.nii.gz").write_bytes(b"damaged")
-    if skip:
-        with caplog.at_level(logging.WARNING):
-            assert names_of(context_cases(root, label_channel=1, skip_bad_cases=True)) == ["p0", "p2", "p4", "p5"]
-        assert "p1: image and output differ in shape" in caplog.text
-    else:
-        with pytest.raises(DatasetError, match=r"(?s)2 of 6 cases.*p1: image and output differ in shape.*p3: output"):
-            context_cases(root, label_channel=1)
-
-
-# --- where they come from
-
-
-def test_several_datasets_are_refused(make_dataset, tmp_path):
-    for name in ("Dataset001_A", "Dataset002_B"):
-        make_dataset(tmp_path, name, cases=1)
-    with pytest.raises(DatasetError, match="--context_dir takes one dataset, .*Dataset001_A, Dataset002_B"):
-        context_cases(tmp_path)
-    assert names_of(context_cases(tmp_path / "Dataset001_A")) == ["case_00"]
-
-
-def test_no_context_dir():
-    with pytest.raises(ValueError, match="no contexts: give --context_dir"):
-        source(None)()
-
-
-def test_missing_context_dir(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere: --context_dir takes"):
-        source(tmp_path / "nowhere")()
-
-
-def test_faulty_contexts_are_all_named(root):
-    (root / "labelsTr" / "p1.nii.gz").unlink()
-    rewrite(root / "labelsTr" / "p4.nii.gz", lambda v: v[1:])
-    with pytest.raises(
-        DatasetError, match=r"(?s)2 of 6 cases.*/p1: label file is missing.*/p4: image and label differ"
-    ):
-        source(root)()
-    assert source(root, skip_bad_cases=True)().names == ["p0", "p2", "p3", "p5"]
-
-
-def write_split(path, **parts):
-    path.write_text(json.dumps({part: {"Dataset001_Blobs": names} for part, names in parts.items()}))
-    return path
-
-
-@pytest.mark.parametrize("label_channel", [None, 1])
-def test_with_a_split_only_its_training_part_is_used(root, tmp_path, label_channel):
-    split = write_split(tmp_path / "splits.json", train=["p1", "p2", "p5"], val=["p0"], test=["p3"])
-    assert names_of(context_cases(root, label_channel=label_channel, split_file=split)) == ["p1", "p2", "p5"]
-
-
-def test_a_split_without_training_cases(root, tmp_path):
-    split = write_split(tmp_path / "splits.json", test=NAMES)
-    with pytest.raises(DatasetError, match=r"splits\.json has no training cases of Dataset001_Blobs"):
-        context_cases(root, split_file=split)
-
-
-@pytest.mark.parametrize("size", [0, -1, [2, 4], 2.5])
-def test_senseless_context_size(root, size):
-    with pytest.raises(ValueError, match="--context_size must be one number of at least 1"):
-        source(root, context_size=size)
-
-
-def test_nothing_is_read_before_the_first_call(tmp_path, monkeypatch):
-    def refuse(*args):
-        raise AssertionError("read")
-
-    monkeypatch.setattr(contexts, "find_datasets", refuse)
-    source(tmp_path)
-
-
-def test_a_source_chooses_reads_and_says_which(root, tmp_path, caplog):
-    with caplog.at_level(logging.INFO):
-        found = source(root, context_size=3, selection="first", record=str(tmp_path / "seen.json"))()
-    assert found.names == ["p0", "p1", "p2"] and found.preprocessing.spatial_size == GRID
-    assert "3 of 6 contexts (first), 1 mm voxels: p0, p1, p2" in caplog.text
-    assert (tmp_path / "seen.json").is_file()
-    assert source(root, context_size=3, seed=2)().names == source(root, context_size=3, seed=2)().names
-    assert len(source(root, context_size=8)()) == 6
-
-
 def test_second_channel_as_input(root):
     first, second = (load_contexts(cases, cases, GRID) for cases in (context_cases(root, 0), context_cases(root, 1)))
     torch.testing.assert_close(second.images, 1 - first.images, atol=0.02, rtol=0)
     assert torch.equal(first.labels, second.labels)
 
 
-# --- pairs given file by file
+# --- own space
 
 
-def listed(root, names, **settings):
-    images = [str(root / "imagesTr" / f"{name}_0000.nii.gz") for name in names]
-    answers = [str(root / "labelsTr" / f"{name}.nii.gz") for name in names]
-    return source(None, **({"images": images, "labels": answers} | settings))
+def test_pairs_in_their_own_space(root, write_nifti):
+    affine = np.array([[0, -2.0, 0, 5], [1.5, 0, 0, -3], [0, 0, 1, 7], [0, 0, 0, 1]])
+    for path in (root / "imagesTr" / "p1_0000.nii.gz", root / "labelsTr" / "p1.nii.gz"):
+        write_nifti(path, np.asanyarray(nib.load(path).dataobj)[:, 2:], affine)
+    cases = context_cases(root)
+    image, label = load_contexts(cases, cases[:3], GRID).native(1)
+    assert image.shape == label.shape == (1, 16, 14, 16) and np.allclose(label.affine, affine)
+    assert torch.equal(image.as_tensor(), load_volume(cases[1]["image"]).as_tensor())
+    assert set(label.unique().tolist()) == {0, 1, 2}
 
 
-def test_listed_files_are_the_same_contexts_as_their_folder(root):
-    folder, files = source(root)(), listed(root, NAMES)()
-    assert torch.equal(folder.images, files.images) and torch.equal(folder.labels, files.labels)
-    assert folder.digests == files.digests and files.preprocessing.spacing_mm == folder.preprocessing.spacing_mm
-    assert files.names == [str(root / "imagesTr" / f"{name}_0000.nii.gz") for name in NAMES]
-    assert len(listed(root, NAMES, context_size=2)()) == 2
+def test_values_of_no_class_are_background(make_dataset, tmp_path):
+    labels = {"background": 0, "first": 1, "ignore": 2}
+    root = make_dataset(tmp_path, cases=3, labels=labels)
+    cases = context_cases(root)
+    found = load_contexts(cases, cases, GRID)
+    assert found.label_values == [1] and found.holding(2) == []
+    assert set(found.labels.unique().tolist()) == set(found.native(0)[1].unique().tolist()) == {0, 1}
 
 
-def test_listed_files_for_generation(root):
-    outputs = [str(root / "imagesTr" / f"{name}_0001.nii.gz") for name in NAMES]
-    found = listed(root, NAMES, labels=outputs, label_channel=1)()
-    assert torch.equal(found.labels, source(root, label_channel=1)().labels)
+# --- what is kept
 
 
-@pytest.mark.parametrize("answers", [None, [], ["one"]])
-def test_listed_images_need_as_many_labels(root, answers):
-    with pytest.raises(ValueError, match=f"equally many files, at least one: got 6 and {len(answers or ())}"):
-        listed(root, NAMES, labels=answers)()
+def counted(monkeypatch):
+    read = []
+    monkeypatch.setattr(contexts, "load_volume", lambda path: read.append(path) or load_volume(path))
+    return read
 
 
-def test_listed_labels_without_images(root):
-    with pytest.raises(ValueError, match="equally many files, at least one: got 0 and 6"):
-        listed(root, NAMES, images=None)()
+def test_contexts_of_all_targets_are_read_once(root, monkeypatch):
+    monkeypatch.setattr(contexts, "_CACHE_BYTES", 0)
+    read = counted(monkeypatch)
+    found = load_contexts(*[context_cases(root)] * 2, GRID)
+    assert not read  # nothing is read that is not asked for
+    found.describe()
+    images, labels = found.pairs([4, 1])
+    assert torch.equal(images, found.images[[4, 1]]) and torch.equal(labels, found.labels[[4, 1]])
+    assert len(read) == 12 and len(set(read)) == 12
 
 
-def test_listed_files_that_are_faulty_are_all_named(root):
-    (root / "imagesTr" / "p1_0000.nii.gz").unlink()
-    rewrite(root / "labelsTr" / "p4.nii.gz", lambda v: v[1:])
-    message = r"(?s)2 of 6 cases.*p1_0000\.nii\.gz: image file is missing.*p4_0000\.nii\.gz: image and label differ"
-    with pytest.raises(DatasetError, match=message):
-        listed(root, NAMES)()
-    assert len(listed(root, NAMES, skip_bad_cases=True)()) == 4
+def test_of_many_candidates_only_some_are_kept(root, monkeypatch):
+    read = counted(monkeypatch)
+    monkeypatch.setattr(contexts, "_CACHE_BYTES", 3 * 5 * 16**3)  # three pairs
+    cases = context_cases(root)
+    found = load_contexts(cases, cases, GRID, similar=2)
+    found.describe()
+    assert len(read) == 12
+    first, _ = found.pairs([0, 1, 2])
+    before = len(read)
+    again, _ = found.pairs([2, 0, 1])
+    assert len(read) == before and torch.equal(again, first[[2, 0, 1]])
+    found.pairs([3, 4, 5])
+    found.pairs([0])
+    assert len(read) == before + 8
+    assert found.label_values == [1, 2] and found.holding(1) == list(range(6)) and len(read) == before + 8
 
 
-def test_contexts_are_given_in_one_way(root):
-    with pytest.raises(ValueError, match="either --context_dir, or --context_images and --context_labels"):
-        source(root, images=["a.nii.gz"], labels=["b.nii.gz"])
+def test_what_pairs_hold_is_remembered_for_the_next_run(root, tmp_path, monkeypatch, rewrite):
+    def load():
+        cases = context_cases(root)
+        return load_contexts(cases, cases, GRID, similar=2, record=tmp_path / "seen.json")
+
+    read = counted(monkeypatch)
+    first = load()
+    first.describe()
+    target = first.images[3]
+    assert len(read) == 12
+    again = load()
+    assert torch.equal(again.similarity(target), first.similarity(target)) and again.label_values == [1, 2]
+    assert again.fingerprint == first.fingerprint and len(read) == 12
+    rewrite(root / "labelsTr" / "p2.nii.gz", lambda v: np.where(v == 1, 0, v))
+    changed = load()
+    assert changed.holding(1) == [0, 1, 3, 4, 5] and changed.fingerprint != first.fingerprint and len(read) == 14
+    for damage in ("{", '{"a": {"values": [1]}}', "[]"):
+        (tmp_path / "seen.json").write_text(damage)
+        assert load().holding(1) == [0, 1, 3, 4, 5]
+
+
+def test_the_fingerprint_is_of_content_and_choice(root, tmp_path):
+    cases = context_cases(root)
+    plain = load_contexts(cases, cases, GRID).fingerprint
+    renamed = [case | {"case": f"other {i}"} for i, case in enumerate(cases)]
+    assert load_contexts(renamed, renamed, GRID).fingerprint == plain
+    others = [
+        load_contexts(cases, cases[:5], GRID),
+        load_contexts(cases, cases, GRID, spacing=2),
+        load_contexts(cases, cases, (8, 8, 8)),
+        load_contexts(cases, cases, GRID, similar=2),
+        load_contexts(cases, cases, GRID, similar=3),
+        load_contexts(cases, [case | {"classes": {"first": [1]}} for case in cases], GRID),
+    ]
+    assert len({plain, *(other.fingerprint for other in others)}) == 7
+
+
+# --- choice for a target
+
+
+def smooth(seed, size=GRID):
+    """An image of its own with coarse structure."""
+    rng = np.random.default_rng(seed)
+    coarse = torch.tensor(rng.random((1, 1, 4, 4, 4)), dtype=torch.float32)
+    return torch.nn.functional.interpolate(coarse, size, mode="trilinear")[0]
+
+
+@pytest.fixture
+def varied(root, write_nifti):
+    """Six candidates that look different; label 2 is in the last two."""
+    for number, name in enumerate(NAMES):
+        write_nifti(root / "imagesTr" / f"{name}_0000.nii.gz", 1 + 1000 * smooth(number)[0].numpy())
+        label = np.zeros(GRID, np.uint8)
+        label[4:8] = 1
+        label[10:12] = 2 * (number > 3)
+        write_nifti(root / "labelsTr" / f"{name}.nii.gz", label)
+    cases = context_cases(root)
+    return load_contexts(cases, cases, GRID, similar=2)
+
+
+def test_the_most_similar_are_chosen(varied):
+    noise = 0.1 * torch.randn(1, *GRID)
+    for number in range(6):
+        similarity = varied.similarity(varied.images[number] + noise)
+        assert similarity.shape == (6,) and similarity.argmax() == number and 0.8 < similarity[number] <= 1
+        chosen = varied.choose(range(6), similarity)
+        assert chosen == similarity.argsort(descending=True)[:2].tolist()
+        pool = [i for i in range(6) if i != number]
+        assert number not in varied.choose(pool, similarity) and len(varied.choose(pool, similarity)) == 2
+        assert varied.choose(varied.holding(2), similarity) == [4, 5]  # no more there are
+
+
+def test_similarity_is_of_scans_on_the_grid(varied):
+    image = varied.images[2]
+    torch.testing.assert_close(varied.similarity(image), varied.similarity(image[None]))
+    torch.testing.assert_close(varied.similarity(image), varied.similarity(0.2 + 0.5 * image), atol=0.02, rtol=0)
+    padded = torch.nn.functional.pad(image, (3, 3, 2, 2, 4, 4))  # of a larger scan the middle counts
+    torch.testing.assert_close(varied.similarity(padded), varied.similarity(image))
+    assert varied.similarity(1 - image)[2] == pytest.approx(-1, abs=0.01)
+    assert varied.similarity(torch.ones(1, 9, 5, 7)).isfinite().all()
+
+
+def test_equals_are_taken_in_their_order(varied):
+    similarity = varied.similarity(torch.full((1, *GRID), 0.5))  # like nothing
+    assert not similarity.any()
+    assert varied.choose([5, 3, 4, 0], similarity) == [0, 3]
+
+
+def test_without_a_choice_all_serve(root):
+    found = load_contexts(*[context_cases(root)] * 2, GRID)
+    assert not found.chooses and found.choose([0, 3, 5]) == [0, 3, 5]
+    cases = context_cases(root)
+    assert not load_contexts(cases, cases, GRID, similar=6).chooses
+    assert load_contexts(cases, cases, GRID, similar=5).chooses
+
+
+# --- what is to be said
+
+
+def test_warnings_tell_who_lacks_a_label(root, rewrite):
+    rewrite(root / "labelsTr" / "p1.nii.gz", lambda v: np.where(v == 2, 0, v))
+    rewrite(root / "labelsTr" / "p3.nii.gz", lambda v: np.zeros_like(v))
+    cases = context_cases(root)
+    found = load_contexts(cases, cases, GRID, notes=["made by hand"])
+    assert found.warnings([2]) == [
+        "made by hand",
+        "no label is left on the grid of p3: not used",
+        "label 2 is in 4 of 6 contexts; not in p1, p3",
+    ]
+    whole = [case for case in cases if case["case"] not in ("p1", "p3")]
+    assert load_contexts(whole, whole, GRID).warnings([1, 2]) == []
+
+
+def test_a_label_that_is_lost_on_the_grid_is_not_held(root, rewrite):
+    def speck(voxels):
+        small = np.where(voxels == 2, 0, voxels)
+        small[1, 1, 1] = 2  # between the voxels of the coarse grid
+        return small
+
+    rewrite(root / "labelsTr" / "p0.nii.gz", speck)
+    cases = context_cases(root)
+    assert cases[0]["values"][2] == 1
+    assert load_contexts(cases, cases, (8, 8, 8), spacing=2).holding(2) == [1, 2, 3, 4, 5]

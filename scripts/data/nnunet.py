@@ -102,7 +102,7 @@ class NnunetDataset:
         if isinstance(answer, int):
             answers, kind = by_channel[answer], "output"
         elif answer == "label":
-            answers, kind = self._labels(), "label"
+            answers, kind = files_by_name(self.root / "labelsTr"), "label"
             facts["classes"] = {k: list(v) for k, v in self.classes.items()}
             facts["known_values"] = sorted(self.known_values) if self.known_values is not None else None
             if not channel:  # a label without image; of another channel there may well be fewer images
@@ -124,17 +124,10 @@ class NnunetDataset:
 
     def _images(self) -> dict[int, dict[str, list[Path]]]:
         found: dict[int, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
-        for path in _files(self.root / "imagesTr"):
-            if match := _CHANNEL.match(strip_ending(path) or ""):
-                found[int(match["channel"])][match["case"]].append(path)
+        for name, paths in files_by_name(self.root / "imagesTr").items():
+            if case := split_channel(name):
+                found[case[1]][case[0]] += paths
         return {channel: dict(images) for channel, images in found.items()}
-
-    def _labels(self) -> dict[str, list[Path]]:
-        found: dict[str, list[Path]] = defaultdict(list)
-        for path in _files(self.root / "labelsTr"):
-            if name := strip_ending(path):
-                found[name].append(path)
-        return dict(found)
 
 
 def find_datasets(folder: str | Path, names: Sequence[str] | None = None) -> list[NnunetDataset]:
@@ -202,9 +195,9 @@ def find_targets(path: str | Path, channel: int = 0) -> list[Case]:
     found = []
     for file in files:
         name = strip_ending(file)
-        match = _CHANNEL.match(name or "") if nnunet_layout else None
-        if name and (match is None or int(match["channel"]) == channel):
-            found.append({"image": str(file), "case": match["case"] if match else name})
+        in_channel = split_channel(name or "") if nnunet_layout else None
+        if name and (in_channel is None or in_channel[1] == channel):
+            found.append({"image": str(file), "case": in_channel[0] if in_channel else name})
     if not found:
         raise FileNotFoundError(
             f"no image files in {path} (channel {channel:04d} of an nnU-Net folder, else any image)"
@@ -214,6 +207,21 @@ def find_targets(path: str | Path, channel: int = 0) -> list[Case]:
     if twice:
         raise DatasetError(f"{path}: several files would be written as the same case: {', '.join(twice)}")
     return found
+
+
+def files_by_name(folder: Path) -> dict[str, list[Path]]:
+    """Image files of a folder (not of its sub-folders) by their name without ending; usually one for each name."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in _files(folder):
+        if name := strip_ending(path):
+            found[name].append(path)
+    return dict(found)
+
+
+def split_channel(name: str) -> tuple[str, int] | None:
+    """``("CASE", k)`` of ``CASE_000k``; None for a name without channel suffix."""
+    match = _CHANNEL.match(name)
+    return (match["case"], int(match["channel"])) if match else None
 
 
 def _files(folder: Path) -> list[Path]:

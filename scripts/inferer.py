@@ -19,12 +19,12 @@ from monai.transforms import MapTransform
 from torch import Tensor
 
 from scripts.checkpoint import load_network
-from scripts.contexts import ContextSet, build_contexts
-from scripts.data.integrity import box_and_voxel
-from scripts.data.preprocessing import ForegroundMask, Preprocessing, fit_spacing
-from scripts.data.volumes import AFFINE_TOLERANCE_MM, load_volume, volume_digest
+from scripts.context_source import gather_contexts
+from scripts.contexts import ContextSet
+from scripts.data.volumes import NIFTI_SPACE, NOT_FINITE, VolumeError, load_volume, volume_digest, volume_fault
 from scripts.engine import MASK_THRESHOLD
 from scripts.networks import Neuroverse3D
+from scripts.passes import Passes
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,8 @@ Volume = str | Path | np.ndarray | Tensor | MetaTensor | tuple[np.ndarray, np.nd
 class ICLInferer(Inferer):
     """Predicts from example pairs.
 
-    A target on the context set's spacing goes through the network once per label; one that is larger than
-    the grid is tiled with overlapping windows. A context whose image is the target itself is left out.
+    A target on the context set's spacing is encoded once and decoded once per label (:class:`Passes`); one that is
+    larger than the grid is tiled with overlapping windows. A context whose image is the target itself is left out.
 
     Args:
         network: the network, or the path of a checkpoint.
@@ -45,7 +45,9 @@ class ICLInferer(Inferer):
         context: the context set, or a function that makes it when it is first needed.
         task: ``segmentation`` or ``generation``.
         labels: label numbers to segment; None takes all that the contexts have.
-        mini_context_size: context pairs that run at once.
+        mini_context_size: context pairs that run at once; None lets the free memory decide.
+        cache_mb: memory budget in MB for what of the contexts' encoding serves all targets; None takes a quarter of
+            the free memory, 0 keeps nothing.
         spacing: isotropic voxel size of the grid in mm for :meth:`set_context`; None fits the contexts.
         overlap: of neighbouring windows, part of the grid.
         amp: bfloat16 autocast.
@@ -58,7 +60,8 @@ class ICLInferer(Inferer):
         context: ContextSet | Callable[[], ContextSet] | None = None,
         task: str = "segmentation",
         labels: Sequence[int] | None = None,
-        mini_context_size: int = 3,
+        mini_context_size: int | None = None,
+        cache_mb: float | None = None,
         spacing: float | None = None,
         overlap: float = 0.25,
         amp: bool = False,
@@ -71,12 +74,16 @@ class ICLInferer(Inferer):
         self.task = task
         self.labels = list(labels) if labels else None
         self.mini_context_size = mini_context_size
+        self.cache_mb = cache_mb
         self.spacing = spacing
         self.overlap = overlap
         self.amp = amp
         self.used: dict[int, list[str]] = {}
         """Names of the contexts of the last prediction, by label."""
+        self.on_label: Callable[[int, int, int], None] | None = None
+        """Called with label, labels done and labels in all after every label of a prediction, in every window."""
         self._context = context
+        self._passes: Passes | None = None
 
     @property
     def context(self) -> ContextSet:
@@ -100,22 +107,19 @@ class ICLInferer(Inferer):
             labels: the same for the labels (for generation: the wanted outputs), on the same voxels.
 
         Raises:
-            ValueError: no pairs, lists of unequal length, or a pair on different voxels.
+            ValueError: no pairs, lists of unequal length, or a faulty pair: not one 3D volume each, on different
+                voxels, labels that are no label numbers.
         """
         if not images or len(images) != len(labels):
             raise ValueError(f"need as many labels as images, at least one: got {len(images)} and {len(labels)}")
         names = [str(x) if isinstance(x, (str, Path)) else f"context {i + 1}" for i, x in enumerate(images)]
-        pairs = [(as_volume(image), as_volume(label)) for image, label in zip(images, labels, strict=True)]
-        for name, (image, label) in zip(names, pairs, strict=True):
-            if image.shape != label.shape or not torch.allclose(image.affine, label.affine, atol=AFFINE_TOLERANCE_MM):
-                raise ValueError(f"{name}: image and label differ in shape or affine")
-        grid = self.network.grid.tolist()
-        masks = [ForegroundMask()({"image": image, "label": label})["foreground"][0] for image, label in pairs]
-        boxes = [
-            box_and_voxel(mask.numpy(), image.affine.numpy()) for mask, (image, _) in zip(masks, pairs, strict=True)
+        kept = [
+            tuple(str(x) if isinstance(x, (str, Path)) else as_volume(x) for x in pair)  # files are read when needed
+            for pair in zip(images, labels, strict=True)
         ]
-        preprocessing = Preprocessing(grid, self.spacing or fit_spacing(boxes, grid))
-        self._context = build_contexts(names, pairs, preprocessing, self.task == "generation")
+        self._context = gather_contexts(
+            names, kept, self.network.grid.tolist(), self.spacing, self.task == "generation"
+        )  # fmt: skip
 
     @property
     def label_values(self) -> list[int]:
@@ -143,7 +147,8 @@ class ICLInferer(Inferer):
 
         Returns:
             ``(1, H, W, D)`` with the target's affine: label numbers (uint8, or int16/int32 if needed), or for
-            generation float32 in the intensity range of the contexts' outputs.
+            generation float32 in the intensity range and unit of the contexts' outputs, trilinearly resampled (its
+            lowest value outside of the grid).
         """
         target = self.to_grid(as_volume(image))
         scores = self(target[None].to(self.device), self.network)
@@ -180,15 +185,20 @@ class ICLInferer(Inferer):
         self.used = {value: [context.names[i] for i in chosen] for value, chosen in members.items()}
 
         def scores_of(window: Tensor) -> Tensor:
+            if isinstance(network, Neuroverse3D):
+                return self._passes_of(network, context).scores(window, members, self.on_label)
             scores = []
             for value, chosen in members.items():
-                if not chosen:
+                if chosen:
+                    images, wanted = (part[None] for part in context.episode(chosen, value))
+                    scores.append(
+                        network(window, images, wanted, mini_context_size=self.mini_context_size or 1).float()
+                    )
+                else:
                     scores.append(torch.zeros_like(window))
-                    continue
-                images, labels = context.images[chosen][None], context.labels[chosen][None]
-                wanted = labels if self.task == "generation" else (labels == value).float()
-                scores.append(network(window, images, wanted, mini_context_size=self.mini_context_size))
-            return torch.cat(scores, dim=1).float()
+                if self.on_label is not None:
+                    self.on_label(value, len(scores), len(members))
+            return torch.cat(scores, dim=1)
 
         grid = context.preprocessing.spatial_size
         with torch.no_grad(), torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp):
@@ -205,28 +215,38 @@ class ICLInferer(Inferer):
         Returns:
             As :meth:`predict`.
         """
-        native = self.context.preprocessing.to_native(scores, target)
-        if self.task == "generation":
-            low, high = self.context.output_range
-            return MetaTensor(low + (high - low) * native.as_tensor().float(), affine=native.affine)
-        best, channel = native.as_tensor().max(dim=0, keepdim=True)
-        values = self.label_values
-        smallest = next(t for t in (torch.uint8, torch.int16, torch.int32) if max(values) <= torch.iinfo(t).max)
-        numbers = torch.tensor(values, dtype=smallest)[channel]
-        return MetaTensor(torch.where(best > MASK_THRESHOLD, numbers, 0).to(smallest), affine=native.affine)
+        preprocessing = self.context.preprocessing
+        if self.task == "segmentation":
+            return preprocessing.to_native_labels(scores, target, self.label_values, MASK_THRESHOLD)
+        low, high = self.context.output_range
+        native = preprocessing.to_native(scores.clamp(0, 1), target)
+        native.as_tensor().mul_(high - low).add_(low)  # in place: at native resolution a copy is another scan
+        return native
+
+    def _passes_of(self, network: Neuroverse3D, context: ContextSet) -> Passes:
+        if self._passes is None or self._passes.network is not network or self._passes.context is not context:
+            self._passes = Passes(network, context, self.mini_context_size, self.cache_mb, self.amp)
+        return self._passes
 
     def _members(self, inputs: Tensor, among: Sequence[int] | None) -> dict[int, list[int]]:
         """Numbers of the contexts to use, by label; none where the target is the only one that has it."""
         context = self.context
+        similarity = context.similarity(inputs) if context.chooses else None
         digest = inputs.meta.get(_DIGEST) if isinstance(inputs, MetaTensor) else None
         digest = digest[0] if isinstance(digest, (list, tuple)) else digest  # of a batch
         itself = context.same_image(digest) if digest else []
         members = {}
         for value in self.label_values:
-            pool = range(len(context)) if self.task == "generation" else context.holding(value)
-            members[value] = [i for i in pool if i not in itself and (among is None or i in among)]
-            if not members[value]:
-                logger.warning("no context but the target itself has label %d: its answer is empty", value)
+            pool = [i for i in context.holding(value) if i not in itself and (among is None or i in among)]
+            members[value] = context.choose(pool, similarity)
+            if not pool:
+                which = "" if self.task == "generation" else f" with label {value}"
+                logger.warning("there is no context%s but the target itself: its answer is empty", which)
+        if similarity is not None:
+            for chosen in dict.fromkeys(map(tuple, members.values())):
+                served = ", ".join(str(value) for value, numbers in members.items() if tuple(numbers) == chosen)
+                shown = ", ".join(f"{context.names[i]} ({similarity[i]:.2f})" for i in chosen)
+                logger.info("most similar contexts for label %s: %s", served, shown)
         return members
 
 
@@ -234,16 +254,25 @@ def as_volume(source: Volume) -> MetaTensor:
     """``(1, H, W, D)`` float32 from a path, a MetaTensor, an array, or ``(array, affine)``.
 
     Raises:
-        ValueError: not one 3D volume.
+        VolumeError: not one 3D volume of finite numbers with a usable affine; a file is named.
     """
     if isinstance(source, (str, Path)):
-        return load_volume(str(source))
-    array, affine = source if isinstance(source, tuple) else (source, getattr(source, "affine", np.eye(4)))
-    volume = torch.as_tensor(np.asarray(array)).float()
-    volume = volume[None] if volume.ndim == 3 else volume
-    if volume.ndim != 4 or volume.shape[0] != 1:
-        raise ValueError(f"need one 3D volume, got shape {tuple(volume.shape)}")
-    return MetaTensor(volume, affine=torch.as_tensor(np.asarray(affine), dtype=torch.float64))
+        name, volume = str(source), load_volume(source)
+    else:
+        array, affine = source if isinstance(source, tuple) else (source, getattr(source, "affine", np.eye(4)))
+        voxels = torch.as_tensor(array if isinstance(array, Tensor) else np.asarray(array))
+        voxels = voxels.as_tensor() if isinstance(voxels, MetaTensor) else voxels
+        voxels = (voxels[None] if voxels.ndim != 4 else voxels).float()
+        meta = {k: v for k, v in getattr(source, "meta", {}).items() if k in (NIFTI_SPACE, "filename_or_obj")}
+        affine = torch.as_tensor(np.asarray(affine), dtype=torch.float64)
+        if affine.shape != (4, 4):
+            raise ValueError(f"need an affine of (4, 4), got {tuple(affine.shape)}")
+        name, volume = "the given volume", MetaTensor(voxels, affine=affine, meta=meta)
+        if fault := volume_fault(volume):
+            raise VolumeError(name, fault)
+    if not all(bound.isfinite() for bound in volume.as_tensor().aminmax()):
+        raise VolumeError(name, NOT_FINITE)
+    return volume
 
 
 class ToGridd(MapTransform):

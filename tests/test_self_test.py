@@ -1,0 +1,109 @@
+"""Leave one out over the contexts, with predictors whose answer is known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from scripts.contexts import ContextSet, Example
+from scripts.data.preprocessing import Preprocessing
+from scripts.self_test import dice_by_label, fellows, label_map, leave_one_out, predictable, spread, summary, table
+
+SIZE = 8
+
+
+class Given(ContextSet):
+    """Contexts that are on the grid already."""
+
+    def __init__(self, images, labels, digests):
+        examples = [Example(f"context {i}", "", "", digest, digest) for i, digest in enumerate(digests)]
+        super().__init__(examples, Preprocessing((SIZE,) * 3, 1.0))
+        self._given = images, labels
+
+    def _read(self, number):
+        images, labels = self._given
+        return images[number], labels[number], (0.0, 1.0)
+
+
+def context_set(labels, digests=None):
+    """Contexts with these label maps ``(8, 8, 8)``; every image is its own number."""
+    count = len(labels)
+    images = torch.arange(count).float()[:, None, None, None, None].expand(count, 1, SIZE, SIZE, SIZE)
+    stacked = torch.stack([torch.as_tensor(label) for label in labels])[:, None].int()
+    return Given(images, stacked, digests or [str(i) for i in range(count)])
+
+
+def box(value=1, start=2, stop=6):
+    label = torch.zeros(SIZE, SIZE, SIZE, dtype=torch.int32)
+    label[start:stop, 2:6, 2:6] = value
+    return label
+
+
+def average(context, values):
+    """Predicts the mean of the labels it may use, and notes whom it used for which image."""
+    seen = {}
+
+    def predict(image, among):
+        seen[int(image.max())] = among
+        labels = context.pairs(among)[1][:, 0]
+        return torch.stack([(labels == value).float().mean(0) for value in values])[None]
+
+    return predict, seen
+
+
+def test_the_highest_score_above_the_threshold_wins():
+    scores = torch.tensor([[0.4, 0.6, 0.6, 0.2], [0.3, 0.7, 0.5, 0.51]])[:, None, None]
+    assert label_map(scores).flatten().tolist() == [0, 2, 1, 2]
+
+
+def test_dice_by_label():
+    answer, truth = torch.tensor([0, 1, 1, 2]), torch.tensor([0, 1, 0, 0])
+    dice = dice_by_label(answer[None, None, None], truth[None, None, None], 3)
+    assert dice[0] == pytest.approx(2 / 3) and dice[1] == 0 and math.isnan(dice[2])
+
+
+def test_only_labels_that_another_context_has_are_tested():
+    both = box(1) + box(2, 6, 8)
+    context = context_set([both, box(1), box(1), box(3), torch.zeros(SIZE, SIZE, SIZE)])
+    assert predictable(context, [1, 2, 3]) == {0: [1], 1: [1], 2: [1]}
+
+
+def test_a_copy_of_a_context_is_not_a_fellow():
+    context = context_set([box(1)] * 3, digests=["a", "b", "a"])
+    assert [fellows(context, i) for i in range(3)] == [[1], [0, 2], [1]]
+    assert predictable(context_set([box(1)] * 2, digests=["a", "a"]), [1]) == {}
+
+
+@pytest.mark.parametrize(("count", "limit", "chosen"), [(3, 8, [0, 1, 2]), (9, 3, [0, 4, 8]), (1, 1, [0]), (0, 4, [])])
+def test_spread(count, limit, chosen):
+    assert spread(range(count), limit) == chosen
+
+
+def test_no_context_is_predicted_from_itself():
+    context = context_set([box(1)] * 4)
+    predict, seen = average(context, [1])
+    tested = dict(leave_one_out(context, [1], predict, progress=False))
+    assert tested == {i: {1: 1.0} for i in range(4)}
+    assert seen == {i: [j for j in range(4) if j != i] for i in range(4)}
+    assert len(list(leave_one_out(context, [1], predict, limit=2, progress=False))) == 2
+
+
+def test_the_context_with_a_wrong_label_is_named():
+    labels = [box(1) + box(7, 6, 7) for _ in range(6)]
+    labels[4] = box(7) + box(1, 6, 7)  # exchanged
+    context = context_set(labels)
+    predict, _ = average(context, [1, 7])
+    found = summary({context.names[i]: dice for i, dice in leave_one_out(context, [1, 7], predict, progress=False)})
+    assert found["worst"] == "context 4" and found["out_of_line"] == ["context 4"]
+    assert found["lowest_dice"]["1"] == 0 and found["mean_dice"]["1"] == pytest.approx(5 / 6, abs=1e-4)
+    assert "lowest: context 4 (label 1: 0.000, label 7: 0.000)" in table(found)
+
+
+def test_summary_of_contexts_that_agree():
+    found = summary({"a": {1: 0.9}, "b": {1: 0.8, 2: 0.7}})
+    assert found["mean_dice"] == {"1": 0.85, "2": 0.7}
+    assert found["sd_dice"] == {"1": pytest.approx(np.std([0.9, 0.8], ddof=1), abs=1e-4), "2": None}
+    assert found["contexts"]["b"] == {"1": 0.8, "2": 0.7}
+    assert found["worst"] == "b" and found["out_of_line"] == []
+    assert len(table(found).splitlines()) == 4

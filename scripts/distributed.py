@@ -1,4 +1,4 @@
-"""Several training processes, started by torchrun: joining and leaving."""
+"""Several processes, started by torchrun: joining and leaving."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others: reading and checking a large collection is done by the first one alone."""
+MEETING_TIMEOUT = timedelta(days=30)
+"""How long a process that has done its work waits for the others to do theirs."""
 
 
 def join_processes(device: str, val_groups: int) -> None:
@@ -46,4 +48,23 @@ def join_processes(device: str, val_groups: int) -> None:
 
 def leave_processes() -> None:
     """Leave the group at the end of a run."""
+    dist.destroy_process_group()
+
+
+def local_device() -> str:
+    """A GPU for this process, if there is any; torchrun's processes on a machine take turns."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+
+
+def meet_processes() -> None:
+    """Return when all of torchrun's processes, if there are several, have come here.
+
+    They are not joined before, so that none waits for another while there is work.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    dist.init_process_group("gloo", timeout=MEETING_TIMEOUT)
+    dist.barrier()
     dist.destroy_process_group()

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
+import os
+import re
 import resource
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +22,56 @@ import nibabel as nib
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.transforms import Orientation
+from monai.transforms import Orientation, generate_spatial_bounding_box
+from tqdm import tqdm
 
-from scripts.atomic import write_json
+from scripts.confidence import ConfidentInferer
 from scripts.data.collection import read_split
 from scripts.data.integrity import inspect_cases
 from scripts.data.nnunet import Case, DatasetError, find_targets
 from scripts.data.preprocessing import RAS_LABELS
 from scripts.data.volumes import load_volume
+from scripts.distributed import meet_processes
 from scripts.inferer import ICLInferer
-from scripts.pictures import overlay_figure, save_png
+from scripts.pictures import SHOWN_CONTEXTS, overlay_figure, save_png
+from scripts.probabilities import probability_folder
+from scripts.report_files import REPORT, ReportFiles, merge_shards, publish, remove_shards
+from scripts.report_page import PAGE
+from scripts.shards import this_shard
 
 logger = logging.getLogger(__name__)
 
-REPORT = "report.json"
+_PROBE_BYTES = 2**20
+_FOLDER_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+"""What is wrong with the output folder rather than with a case."""
+_TEMPORARY = re.compile(r"\.(?P<case>.+)\.(?:nii\.gz|png)\.[^.]+(?:\.nii\.gz)?")
+_REASON_LENGTH = 300
 
 
 class InferenceRun(Sequence[Case]):
     """The targets still to do, as the data of the run's dataset, and an Ignite handler that reports on them.
 
     A case that is already done is skipped only if its image, the contexts, the weights and the settings are the
-    same; results of anything else are never overwritten unasked.
+    same; results of anything else are never overwritten unasked. A target that fails is set aside with the reason,
+    and the run goes on.
+
+    Files are looked into when their turn comes, so that a run over thousands of scans begins at once.
 
     Args:
         dataset_dir: one image, a folder of images, or an nnU-Net dataset.
-        output_dir: where answers, pictures and ``report.json`` go.
+        output_dir: where answers, pictures and the report go.
         inferer: the predictor.
         checkpoint: weights file, for the fingerprint.
         channel: image channel in nnU-Net folders.
         split_file: run only on the cases of a part of this split.
         target_split: which part.
+        shard: ``"3/16"`` for the third of sixteen parts of the targets; None for all. Each of torchrun's processes
+            takes its share of it.
         overlays: write a PNG per case.
+        probabilities: the run also writes probability maps, without which a case is not done.
         overwrite: replace results.
-        record: where to remember what was found in the files.
+        debug: log the traceback of a target that fails.
+        confidence: the predictor that the run's engine calls, if it is to report what that finds.
     """
 
     def __init__(
@@ -59,9 +83,12 @@ class InferenceRun(Sequence[Case]):
         channel: int = 0,
         split_file: str | None = None,
         target_split: str = "test",
+        shard: str | None = None,
         overlays: bool = True,
+        probabilities: bool = False,
         overwrite: bool = False,
-        record: str | None = None,
+        debug: bool = False,
+        confidence: ConfidentInferer | None = None,
     ) -> None:
         self.dataset_dir = dataset_dir
         self.output_dir = Path(output_dir)
@@ -70,77 +97,91 @@ class InferenceRun(Sequence[Case]):
         self.channel = channel
         self.split_file = split_file
         self.target_split = target_split
+        self.shard = this_shard(shard)
         self.overlays = overlays
+        self.probabilities = probabilities
         self.overwrite = overwrite
-        self.record = record
+        self.debug = debug
+        self.confidence = confidence
         self.report: dict[str, Any] = {}
+        self._files = ReportFiles(self.output_dir, self.shard)
         self._todo: list[Case] = []
+        self._position = 0
+        self._skipped = 0
+        self._bar = tqdm(disable=True)
         self._started = 0.0
 
-    def __getitem__(self, index: Any) -> Any:
-        """A target: ``image`` (path) and ``case``."""
-        return self._todo[index]
+    def __getitem__(self, index: int) -> Case:
+        """A target: ``image`` (path), ``case`` (name) and what was found in the file.
+
+        Raises:
+            DatasetError: the file cannot be used.
+        """
+        (target,) = inspect_cases([self._todo[index]])
+        if target["problems"]:
+            raise DatasetError("; ".join(target["problems"]))
+        return target
 
     def __len__(self) -> int:
         """Targets still to do; 0 before :meth:`prepare`."""
         return len(self._todo)
 
     def __iter__(self) -> Iterator[Case]:
-        """Targets still to do."""
+        """Targets still to do, not looked into."""
         return iter(self._todo)
 
     def prepare(self) -> None:
-        """Find and check the targets, set aside what is done.
+        """Find the targets and set aside what is done.
 
         Raises:
             ValueError: no ``dataset_dir``.
             FileNotFoundError, DatasetError: no targets.
             FileExistsError: results of other contexts, weights or settings are in the way.
+            OSError: the output folder cannot be written.
         """
         if self.dataset_dir is None:
             raise ValueError("no targets: give --dataset_dir, a folder of images or one image")
-        targets = inspect_cases(self._find(), self.record)
-        good = [target for target in targets if not target["problems"]]
-        old = self._old_report()
-        self._todo = []
+        targets = self._find()
+        self._probe()
+        weights = hashlib.sha256(Path(self.checkpoint).read_bytes()).hexdigest()
+        context = self.inferer.context
         self.report = {
-            "fingerprint": self._fingerprint(),
+            "fingerprint": self._fingerprint(weights),
             "task": self.inferer.task,
             "labels": self.inferer.label_values,
-            "contexts": self.inferer.context.names,
-            "spacing_mm": self.inferer.context.preprocessing.spacing_mm,
+            "contexts": context.names,
+            "warnings": context.warnings(self.inferer.label_values),
+            "spacing_mm": context.preprocessing.spacing_mm,
+            "weights": {"file": str(self.checkpoint), "sha256": weights},
+            "settings": {name: getattr(self.inferer, name) for name in ("overlap", "mini_context_size", "amp")},
+            "device": _device_name(self.inferer.device),
+            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "targets": len(targets),
+            "shard": str(self.shard),
+            "finished": False,
             "cases": {},
-            "failed": {target["case"]: target["problems"] for target in targets if target["problems"]},
+            "failed": {},
         }
-        for name, problems in self.report["failed"].items():
-            logger.warning("%s is left out: %s", name, "; ".join(problems))
-        same_run = old.get("fingerprint") == self.report["fingerprint"]
-        in_the_way = []
-        for target in good:
-            done = old.get("cases", {}).get(target["case"], {}) if same_run else {}
-            written = self._answer_path(target["case"]).is_file()
-            if not self.overwrite and written and done.get("image_digest") == target["image_digest"]:
-                self.report["cases"][target["case"]] = done
-                continue
-            cut_short = same_run and not done  # written by this very run, but not reported any more
-            if written and not self.overwrite and not cut_short:
-                in_the_way.append(target["case"])
-            self._todo.append({key: target[key] for key in ("image", "case", "image_digest")})
-        if in_the_way:
-            raise FileExistsError(
-                f"{self.output_dir} holds answers made with other images, contexts, weights or settings "
-                f"({', '.join(in_the_way[:5])}{' ...' if len(in_the_way) > 5 else ''}): give another --output_dir "
-                "or --overwrite true"
-            )
-        if self.report["cases"]:
-            logger.info("%d cases are done already and are skipped", len(self.report["cases"]))
-        write_json(self.report, self.output_dir / REPORT)
-        logger.info("%d targets, labels %s", len(self._todo), self.report["labels"])
+        mine = self.shard.of(targets)
+        self._set_aside(mine)
+        self._skipped = len(mine) - len(self._todo)
+        if self.confidence and self._todo and (self_test := self.confidence.prepare()) is not None:
+            self.report["self_test"] = self_test
+        self._files.fold(self.report)
+        part = "" if self.shard.count == 1 else f" of shard {self.shard}"
+        logger.info(
+            "%d targets%s, %d of them done already, labels %s",
+            len(mine),
+            part,
+            self._skipped,
+            self.report["labels"],
+        )
 
     def attach(self, engine: Engine) -> None:
         """Attach to the evaluator."""
         engine.add_event_handler(Events.GET_BATCH_STARTED, self._start_case)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._finish_case)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._set_failed_case_aside)
 
     def run(self, evaluator: Engine) -> None:
         """Run the engine over the targets still to do, write the report and say how it went.
@@ -150,16 +191,120 @@ class InferenceRun(Sequence[Case]):
 
         Raises:
             DatasetError: some targets could not be done.
+            OSError: the output folder takes no more files.
         """
         self.prepare()
-        if self._todo:
-            evaluator.state.epoch_length = len(self._todo)  # the engine may have been built before they were known
-            evaluator.run()
-        write_json(self.report, self.output_dir / REPORT)
-        logger.info("%d answers and %s in %s", len(self.report["cases"]), REPORT, self.output_dir)
-        if self.report["failed"]:
-            listing = "; ".join(f"{name}: {', '.join(why)}" for name, why in self.report["failed"].items())
-            raise DatasetError(f"{len(self.report['failed'])} targets were left out: {listing}")
+        self.inferer.on_label = self._show_label
+        name = "inference" if self.shard.count == 1 else f"shard {self.shard}"
+        try:
+            with tqdm(total=len(self._todo), desc=name, unit="case", dynamic_ncols=True) as self._bar:
+                while self._todo:  # the engine stops at a target that fails, and goes on behind it
+                    evaluator.state.epoch_length = len(self._todo)
+                    evaluator.run()
+                    self._todo, self._position = self._todo[self._position :], 0
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._files.fold(self.report)
+            raise
+        finally:
+            self.inferer.on_label = None
+        self._conclude()
+
+    def _conclude(self) -> None:
+        """Write the final report, or this shard's, and say how it went."""
+        self.report["finished"] = True
+        failed = self.report["failed"]
+        new = len(self.report["cases"]) - self._skipped
+        if self.shard.count == 1:
+            publish(self.report, self.output_dir)
+            remove_shards(self.output_dir)
+            where = f"{PAGE} and {REPORT} in {self.output_dir}"
+        else:
+            self._files.fold(self.report)
+            where = f"shard {self.shard}, in {self.output_dir}"
+            try:
+                publish(merge_shards(self.output_dir), self.output_dir)
+                where += f", {PAGE} and {REPORT} of all shards"
+            except FileNotFoundError:  # others are still at work
+                pass
+            except ValueError as error:
+                logger.warning("the reports of the shards are not merged: %s", error)
+        meet_processes()  # torchrun would end the others if this one ended with an error
+        logger.info("%d done, %d skipped, %d failed: %s", new, self._skipped, len(failed), where)
+        if failed:
+            listing = "; ".join(f"{name}: {', '.join(why)}" for name, why in list(failed.items())[:5])
+            more = f"; and {len(failed) - 5} more, in {self._files.path}" if len(failed) > 5 else ""
+            raise DatasetError(f"{len(failed)} targets were left out: {listing}{more}")
+
+    def _set_aside(self, targets: Sequence[Case]) -> None:
+        """Take what is done from earlier reports, and the rest as what is to do.
+
+        Raises:
+            FileExistsError: results of other contexts, weights or settings are in the way.
+        """
+        files = set(os.listdir(self.output_dir))
+        names = {target["case"] for target in targets}
+        for file in files:  # left behind by a process that was killed
+            cut_off = _TEMPORARY.fullmatch(file)
+            if cut_off and cut_off["case"] in names:
+                (self.output_dir / file).unlink(missing_ok=True)
+        earlier = [] if self.overwrite else list(self._files.earlier())
+        done: dict[str, Any] = {}
+        in_the_way = set()
+        for report in earlier:
+            if report.get("fingerprint") == self.report["fingerprint"]:
+                done |= report["cases"]
+                self.report |= {"self_test": report["self_test"]} if "self_test" in report else {}
+            else:
+                in_the_way.update(name for name in report["cases"] if f"{name}.nii.gz" in files)
+        same_run = any(report.get("fingerprint") == self.report["fingerprint"] for report in earlier)
+        written = {target["case"] for target in targets if f"{target['case']}.nii.gz" in files}
+        known = written & done.keys()
+        in_the_way |= self._changed([target for target in targets if target["case"] in known], done)
+        if not self.overwrite and not same_run:  # else: written by this very run, which was cut short
+            in_the_way |= written
+        if in_the_way:
+            raise FileExistsError(
+                f"{self.output_dir} holds answers made with other images, contexts, weights or settings "
+                f"({', '.join(sorted(in_the_way)[:5])}{' ...' if len(in_the_way) > 5 else ''}): give another "
+                "--output_dir or --overwrite true"
+            )
+        self._todo = [
+            {"image": target["image"], "case": target["case"]}
+            for target in targets
+            if target["case"] not in known or not self._complete(target["case"], files)
+        ]
+        todo = {target["case"] for target in self._todo}
+        self.report["cases"] = {
+            name: entry
+            for name, entry in sorted(done.items())
+            if name not in todo and f"{name}.nii.gz" in files and (self.shard.count == 1 or name in names)
+        }
+
+    def _changed(self, targets: Sequence[Case], done: dict[str, Any]) -> set[str]:
+        """Names of the targets whose image is not the one that was done; only files that were touched are read."""
+        touched = [t for t in targets if done[t["case"]].get("image_file") != _file_facts(t["image"])]
+        found = inspect_cases([{"image": t["image"], "case": t["case"], "source": t["case"]} for t in touched])
+        return {t["case"] for t in found if t["digest"] != done[t["case"]]["digest"]}
+
+    def _complete(self, case: str, files: set[str]) -> bool:
+        """Whether everything but the answer is there, too, that this run is to write for a case."""
+        if self.overlays and f"{case}.png" not in files:
+            return False
+        maps = probability_folder(self.output_dir, case)
+        labels = self.report["labels"] if self.probabilities else ()
+        return all((maps / f"label_{label}.nii.gz").is_file() for label in labels)
+
+    def _probe(self) -> None:
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.output_dir, prefix=".probe.") as probe:
+                probe.write(bytes(_PROBE_BYTES))
+                probe.flush()
+        except OSError as error:
+            raise OSError(
+                f"cannot write into {self.output_dir} ({error.strerror}): give another --output_dir or free some space"
+            ) from error
 
     def _find(self) -> list[Case]:
         targets = find_targets(self.dataset_dir, self.channel)
@@ -173,51 +318,85 @@ class InferenceRun(Sequence[Case]):
             raise DatasetError(f"{self.split_file} has no '{self.target_split}' cases of {name} (it has {known})")
         return parts[self.target_split]
 
-    def _old_report(self) -> dict[str, Any]:
-        path = self.output_dir / REPORT
-        if self.overwrite or not path.is_file():
-            return {}
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            return {}
-
-    def _fingerprint(self) -> str:
+    def _fingerprint(self, weights: str) -> str:
         inferer, context = self.inferer, self.inferer.context
         facts = [
-            hashlib.sha256(Path(self.checkpoint).read_bytes()).hexdigest(),
-            context.digests,
-            hashlib.sha256(context.labels.numpy().tobytes()).hexdigest(),
+            weights,
+            context.fingerprint,
             context.preprocessing.fingerprint,
             inferer.task,
             inferer.label_values,
             inferer.overlap,
             inferer.amp,
+            self.confidence.settings if self.confidence else None,
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def _answer_path(self, case: str) -> Path:
-        return self.output_dir / f"{case}.nii.gz"
-
     def _start_case(self, engine: Engine) -> None:
         self._started = time.monotonic()
+        self._bar.set_postfix_str(self._todo[self._position]["case"])
         if self.inferer.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.inferer.device)
+
+    def _show_label(self, value: int, done: int, total: int) -> None:
+        self._bar.set_postfix_str(f"{self._todo[self._position]['case']}, label {value}: {done} of {total} labels")
 
     def _finish_case(self, engine: Engine) -> None:
         batch, output = engine.state.batch[0], engine.state.output[0]
         answer = output["pred"]
-        self.report["cases"][batch["case"]] = {
-            "image_digest": batch["image_digest"],
+        target = self._todo[self._position]
+        warnings = self._warnings(batch, answer)
+        if self.overlays:
+            try:
+                self._picture(target, answer)
+            except Exception as error:  # the answer counts, whatever becomes of its picture
+                self._stop_if_folder_is_to_blame(error)
+                warnings.append(f"no picture: {_reason(error)}")
+        self.report["cases"][target["case"]] = {
+            "digest": batch["digest"],
+            "image_file": _file_facts(target["image"]),
             "seconds": round(time.monotonic() - self._started, 3),
             "peak_memory_mb": _peak_memory_mb(self.inferer.device),
             "contexts": {str(value): names for value, names in self.inferer.used.items()},
             "volumes_mm3": self._volumes(answer),
-            "warnings": self._warnings(batch, answer),
+            "warnings": warnings,
+            **(self.confidence.found if self.confidence else {}),
         }
-        write_json(self.report, self.output_dir / REPORT)
-        if self.overlays:
-            self._picture(batch, answer)
+        self._note(target["case"])
+
+    def _set_failed_case_aside(self, engine: Engine, error: BaseException) -> None:
+        """Enter the target at which the engine stopped as failed; errors that are not its fault go on."""
+        if not isinstance(error, Exception) or self._position >= len(self._todo):
+            raise error
+        self._stop_if_folder_is_to_blame(error)
+        case = self._todo[self._position]["case"]
+        self.report["cases"].pop(case, None)
+        self.report["failed"][case] = [_reason(error)]
+        logger.warning("%s is left out: %s", case, _reason(error), exc_info=error if self.debug else None)
+        for path in (self.output_dir / f"{case}.nii.gz", self.output_dir / f"{case}.png"):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(probability_folder(self.output_dir, case), ignore_errors=True)
+        self._note(case)
+        if self.inferer.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _note(self, case: str) -> None:
+        """Put a case on record, done or failed, and go on to the next."""
+        try:
+            self._files.note(self.report, case)
+        except OSError as error:
+            self._stop_if_folder_is_to_blame(error)
+            raise
+        self._position += 1
+        self._bar.update()
+
+    def _stop_if_folder_is_to_blame(self, error: BaseException) -> None:
+        for cause in _causes(error):
+            if isinstance(cause, OSError) and cause.errno in _FOLDER_ERRORS:
+                raise OSError(
+                    f"{self.output_dir} takes no more files ({cause.strerror}): free some space and give the same "
+                    f"command again; {len(self.report['cases'])} targets are done"
+                ) from error
 
     def _volumes(self, answer: Any) -> dict[str, float]:
         if self.inferer.task == "generation":
@@ -240,19 +419,58 @@ class InferenceRun(Sequence[Case]):
             found.append("nothing was found: the answer is all background")
         return found
 
-    def _picture(self, batch: dict[str, Any], answer: Any) -> None:
-        path = batch["image"].meta["filename_or_obj"]
+    def _picture(self, target: Case, answer: Any) -> None:
         to_ras = Orientation(axcodes="RAS", labels=RAS_LABELS)
-        image, shown = to_ras(load_volume(path))[0].numpy(), to_ras(answer)
-        context = self.inferer.context
-        labels = context.labels[:, 0].numpy()
+        image, shown = to_ras(load_volume(target["image"]))[0].numpy(), to_ras(answer)
+        names, pairs = self._shown_contexts()
         if self.inferer.task == "generation":  # the answer itself is what is to be seen
-            image, mask, labels = shown[0].numpy(), np.zeros(shown.shape[1:], int), np.zeros(labels.shape, int)
+            image, mask = shown[0].numpy(), np.zeros(shown.shape[1:], int)
+            pairs = [(picture, np.zeros(picture.shape, int)) for picture, _ in pairs]
         else:
             mask = shown[0].numpy()
-        pairs = list(zip(context.images[:, 0].numpy(), labels, strict=True))
-        figure = overlay_figure(image, mask, nib.affines.voxel_sizes(shown.affine.numpy()), pairs, title=batch["case"])
-        save_png(figure, self.output_dir / f"{batch['case']}.png")
+        figure = overlay_figure(
+            image, mask, nib.affines.voxel_sizes(shown.affine.numpy()), pairs, target["case"], names
+        )  # fmt: skip
+        save_png(figure, self.output_dir / f"{target['case']}.png")
+
+    def _shown_contexts(self) -> tuple[list[str], list[tuple[np.ndarray, np.ndarray]]]:
+        """Names, and images and labels without the grid's empty border, of the first contexts that were used."""
+        context = self.inferer.context
+        used = list(dict.fromkeys(name for names in self.inferer.used.values() for name in names))[:SHOWN_CONTEXTS]
+        pairs = []
+        for number in map(context.names.index, used):
+            both = torch.cat([part[0].float() for part in context.pairs([number])])
+            low, high = generate_spatial_bounding_box(both)
+            pairs.append(both[:, *map(slice, low, high)].numpy())
+        return used, [(image, label) for image, label in pairs]
+
+
+def _file_facts(path: str) -> dict[str, Any]:
+    """What a file is recognised by without being read."""
+    status = os.stat(path)
+    return {"path": os.path.abspath(path), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and what led to it, down to the first cause."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _reason(error: BaseException) -> str:
+    """One line on what went wrong, without the wrappers that MONAI puts around an error in a transform."""
+    cause = error
+    while isinstance(cause, RuntimeError) and cause.__cause__ and str(cause).startswith("applying transform"):
+        cause = cause.__cause__
+    lines = str(cause).strip().splitlines() or [""]
+    known = isinstance(cause, (ValueError, OSError))
+    text = lines[0] if known else f"{type(cause).__name__}: {lines[0]}".removesuffix(": ")
+    return text if len(text) <= _REASON_LENGTH else text[: _REASON_LENGTH - 1] + "…"
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def _peak_memory_mb(device: torch.device) -> float:

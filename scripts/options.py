@@ -42,7 +42,10 @@ OPTIONS: dict[str, Option] = {
     # network
     "channels": Option("ints", "width of each network stage; None takes the checkpoint's, else 32 to 512"),
     "convs_per_block": Option("count", "convolutions per residual unit; None takes the checkpoint's, else 2"),
-    "mini_context_size": Option("count", "context pairs run at once: more take more memory, and predict the same"),
+    "mini_context_size": Option(
+        "count", "context pairs run at once: more take more memory, and predict the same; None (inference): what fits"
+    ),
+    "cache_mb": Option("float", "memory in MB for encoded contexts; None takes a quarter of what is free, 0 none"),
     "checkpoint": Option("path", "weights to use, in this bundle's format"),
     "init_checkpoint": Option("path", "weights to start from"),
     # training
@@ -88,14 +91,21 @@ OPTIONS: dict[str, Option] = {
     "device": Option("text", "cuda, cuda:1 or cpu"),
     # inference and evaluation
     "context_dir": Option("path", "nnU-Net dataset folder with the example pairs (imagesTr, labelsTr)"),
-    "context_images": Option("paths", "instead of context_dir: the example images, a list of files"),
-    "context_labels": Option("paths", "with context_images: their labels (generation: wanted outputs), in that order"),
+    "context_images": Option("paths", "instead of context_dir: the example images, a folder or a list of files"),
+    "context_labels": Option(
+        "paths", "with context_images: their labels (generation: wanted outputs), a folder or a list in that order"
+    ),
+    "context_file": Option("path", "instead of context_dir: JSON list of pairs, [{image, label}, ...]"),
     "task": Option("words", "inference: segmentation or generation; training: only these tasks"),
     "labels": Option("ints", "label values to segment; None takes all that the contexts have"),
     "context_label_channel": Option("int", "generation: the contexts' channel that is the wanted output"),
-    "context_selection": Option("text", "which contexts when there are more than context_size: random or first"),
+    "context_selection": Option("text", "which contexts if there are more than context_size: random, first or similar"),
     "target_split": Option("text", "with split_file: which part of dataset_dir to run on"),
+    "shard": Option("text", "run on one part of the targets only: 3/16 is the third of sixteen, for job arrays"),
+    "self_test": Option("flag", "predict every context from the others first: what Dice to expect of targets"),
+    "ensemble": Option("count", "predictions per target from random halves of the contexts, averaged; 1 is one of all"),
     "overlays": Option("flag", "write a picture per case"),
+    "probabilities": Option("flag", "also write the scores, a float file per case and label"),
     "prediction_dir": Option("path", "predictions to score, one file per case"),
     "reference_dir": Option("path", "reference labels (or images), same case names"),
     "prediction_channel": Option("int", "of prediction_dir read only CASE_000k of this channel k, as in imagesTr"),

@@ -47,6 +47,7 @@ def overlay_figure(
     spacing_mm: Sequence[float],
     contexts: Iterable[tuple[Any, Any]] = (),
     title: str = "",
+    context_names: Sequence[str] = (),
 ) -> Image.Image:
     """Three planes through the foreground, plain above and with the mask below; contexts at the right.
 
@@ -58,6 +59,7 @@ def overlay_figure(
         spacing_mm: voxel size along the three axes.
         contexts: (image, mask) pairs of any shape, RAS voxel order; the first three are shown, voxels as cubes.
         title: a line above the figure.
+        context_names: of the contexts; without, they are numbered.
 
     Raises:
         ValueError: an array is not 3D, or a mask does not fit its image.
@@ -78,7 +80,7 @@ def overlay_figure(
         picture, labels = _checked(*pair)
         shape = np.array(picture.shape) * (size / max(picture.shape[:2]))
         overlaid = _slice(picture, labels, 2, _centre(labels > 0)[2], shape, _window(picture))[1]
-        thumbs.append(_panel(overlaid, size, f"context {number}"))
+        thumbs.append(_panel(overlaid, size, context_names[number - 1] if context_names else f"context {number}"))
         found.update(_labels(labels))
     if thumbs:
         columns.append(_join(thumbs))

@@ -160,7 +160,7 @@ def test_split_file_separates_targets_from_contexts(data, weights, tmp_path):
         ({"context_dir": None}, "--context_dir"),
         ({"dataset_dir": None}, "--dataset_dir"),
         ({"context_size": [2, 3]}, "--context_size must be one number"),
-        ({"context_selection": "best"}, "--context_selection must be random or first"),
+        ({"context_selection": "best"}, "--context_selection must be random, first or similar"),
         ({"task": "detection"}, "--task must be segmentation or generation"),
         ({"channels": [8, 8]}, r"--channels \(8, 8\) contradicts"),
         ({"channel": 3}, "channel 0003"),

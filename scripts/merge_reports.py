@@ -1,0 +1,32 @@
+"""Merge the reports of a run that was split with ``--shard`` or torchrun.
+
+The last shard to finish does it by itself; this is for afterwards, or for a look in between. Command line::
+
+    python -m scripts.merge_reports --output_dir OUT
+"""
+
+from __future__ import annotations
+
+from scripts.options import flag
+from scripts.report_files import REPORT, merge_shards, publish
+
+
+def merge_reports(output_dir: str, partial: bool = False) -> None:
+    """Write ``report.json``, ``report.html`` and ``volumes.csv`` of all shards together.
+
+    Args:
+        output_dir: output folder of the run.
+        partial: do so although shards are missing or have not finished.
+    """
+    report = merge_shards(str(output_dir), flag(partial))
+    publish(report, str(output_dir))
+    print(
+        f"{output_dir}/{REPORT}: {len(report['cases'])} cases done, {len(report['failed'])} failed, of "
+        f"{report['targets']} targets in {report['shards']} shards"
+    )
+
+
+if __name__ == "__main__":
+    from scripts.commandline import main
+
+    main(merge_reports)

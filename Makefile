@@ -15,9 +15,13 @@ lint: $(VENV)/.ready-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-bench: $(VENV)/.ready
-	$(RUN) -m benchmarks.flat_memory
-	$(RUN) -m benchmarks.pass_memory
+# About 40 minutes on two cores that do nothing else; BENCH="--quick true" only shows that all of it runs.
+BENCH ?=
+BENCHMARKS := startup forward flat_memory bfloat16_memory bfloat16_dice many_labels training_step data_path loader_wait context_curve
+
+bench: $(VENV)/.ready-dev
+	set -e; for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$$name $(BENCH); done
+	$(RUN) -m benchmarks.table
 
 clean:
 	rm -rf $(VENV) demo_output .pytest_cache .ruff_cache

@@ -1,62 +1,127 @@
-"""Peak memory of a prediction against the number of contexts, at a fixed mini-context size.
+"""Peak memory of a prediction with 64 contexts against one with 8, at a fixed mini-context size.
 
-    python -m benchmarks.flat_memory [--spatial_size 48 --channels "[16,32,64]" --mini_context_size 2]
+    python -m benchmarks.flat_memory [--context_sizes "[8,64]" --spatial_size 64 --mini_context_size 2]
 
-Each size runs in a process of its own; contexts are made one by one in host memory, as inference holds them, and
-their own bytes are taken off the peak. The ratio against the smallest size is what should stay near 1.
+The contexts lie in a file that is mapped into memory, and the network reads them piece by piece. Pages of a file
+are the system's to take back, so the peak is that of the process's own (anonymous) memory, sampled all the time; on a
+GPU it is that of PyTorch's allocator. The growth is given of that peak, and of what is left of it once the weights
+and libraries, which are there before the pass, are taken off.
 """
 
 from __future__ import annotations
 
-import json
-import resource
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
-from scripts.commandline import main
-from scripts.networks import Neuroverse3D
+from benchmarks.networks import FULL, TINY, make_network
+from benchmarks.paired import Conditions, Side, benchmark, clock, compare, peak_mib
+
+_STATUS = Path("/proc/self/status")
+_INTERVAL_SECONDS = 0.002
 
 
-def measure(context_size: int, spatial_size: int, channels: Sequence[int], mini_context_size: int) -> None:
-    """Predict once and print seconds and peak memory as JSON."""
-    torch.manual_seed(0)
-    network = Neuroverse3D(channels=tuple(channels), spatial_size=spatial_size).eval()
-    target = torch.rand(1, 1, *(spatial_size,) * 3)
-    contexts = torch.rand(1, context_size, 1, *(spatial_size,) * 3)
-    started = time.perf_counter()
-    with torch.no_grad():
-        network(target, contexts, contexts, mini_context_size)
-    seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - contexts.numel() * contexts.element_size()
-    print(json.dumps({"L": context_size, "seconds": round(seconds, 2), "peak_mib": round(peak / 2**20, 1)}))
-
-
+@benchmark
 def flat_memory(
-    context_sizes: Sequence[int] = (4, 8, 32),
-    spatial_size: int = 48,
-    channels: Sequence[int] = (16, 32, 64),
+    conditions: Conditions,
+    context_sizes: Sequence[int] = (8, 64),
+    spatial_size: int = 64,
     mini_context_size: int = 2,
-) -> None:
+    channels: Sequence[int] = FULL,
+) -> Iterator[dict[str, Any]]:
     """Compare context sizes.
 
     Args:
-        context_sizes: numbers of pairs; the first is what the others are compared with.
+        conditions: of the measurement.
+        context_sizes: numbers of pairs, the smallest first; the others are compared with it.
         spatial_size: voxels per axis.
-        channels: network widths.
         mini_context_size: pairs that run at once.
+        channels: network widths.
     """
-    first = None
-    for size in context_sizes:
-        call = f"measure({size}, {spatial_size}, {tuple(channels)}, {mini_context_size})"
-        code = f"from benchmarks.flat_memory import measure; {call}"
-        found = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
-        first = first or found
-        print(json.dumps(found | {"memory_ratio": round(found["peak_mib"] / first["peak_mib"], 3), "device": "cpu"}))
+    if conditions.quick:
+        context_sizes, spatial_size, channels = (2, 4), 8, TINY
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        for name in ("images", "masks"):
+            with (Path(folder) / name).open("wb") as file:
+                for _ in range(max(context_sizes)):
+                    rng.random((spatial_size,) * 3, np.float32).tofile(file)
+        arguments = {
+            "folder": folder,
+            "spatial_size": spatial_size,
+            "mini_context_size": mini_context_size,
+            "channels": channels,
+            "device": conditions.device,
+        }
+        sides = {
+            f"L={n}": Side("flat_memory:streamed_pass", {"context_size": n} | arguments) for n in sorted(context_sizes)
+        }
+        record = compare(sides, conditions, pairs=1)
+    least, *_, most = record["sides"].values()
+    growth = {
+        "peak_growth": most["peak_mib"] / least["peak_mib"] - 1,
+        "peak_growth_of_the_pass": (most["peak_mib"] - most["before_mib"]) / (least["peak_mib"] - least["before_mib"])
+        - 1,
+    }
+    yield {"case": f"{spatial_size}^3 {' to '.join(sides)}, mini-contexts of {mini_context_size}"} | record | growth
+
+
+def streamed_pass(
+    folder: str, context_size: int, spatial_size: int, mini_context_size: int, channels: Sequence[int], device: str
+) -> dict[str, Any]:
+    """Predict once from the first contexts of the mapped files ``images`` and ``masks``."""
+    grid = (spatial_size,) * 3
+    images, masks = (
+        torch.from_file(f"{folder}/{name}", shared=True, size=context_size * spatial_size**3).view(
+            1, context_size, 1, *grid
+        )
+        for name in ("images", "masks")
+    )
+    network = make_network("ours", channels, spatial_size, device).eval()
+    target = torch.rand(1, 1, *grid, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad(), PeakMemory(device) as memory:
+        started = clock(device)
+        network(target, images, masks, mini_context_size)
+        seconds = clock(device) - started
+    return {"seconds": seconds, "peak_mib": memory.peak_mib, "before_mib": memory.before_mib}
+
+
+class PeakMemory:
+    """Watches the process's anonymous memory, or PyTorch's on a GPU; ``before_mib`` and ``peak_mib``."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.before_mib = self.peak_mib = 0.0
+        self._left = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self.before_mib = peak_mib(self.device) if self.device.startswith("cuda") else _anonymous_mib()
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+        self._watcher.join()
+        if self.device.startswith("cuda"):
+            self.peak_mib = peak_mib(self.device)
+
+    def _watch(self) -> None:
+        while not self._left.wait(_INTERVAL_SECONDS):
+            self.peak_mib = max(self.peak_mib, _anonymous_mib())
+
+
+def _anonymous_mib() -> float:
+    lines = _STATUS.read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 
 if __name__ == "__main__":
+    from scripts.commandline import main
+
     main(flat_memory)

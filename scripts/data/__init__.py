@@ -2,7 +2,7 @@
 
 from scripts.data.augmentation import GroupAugmentation
 from scripts.data.collection import Collection
-from scripts.data.episodes import EpisodeDataset, GroupSampler
+from scripts.data.episodes import EpisodeDataset, GroupSampler, collate_groups
 from scripts.data.nnunet import DatasetError, find_datasets, find_targets
 from scripts.data.prepared import PreparedCases
 from scripts.data.preprocessing import Preprocessing
@@ -15,6 +15,7 @@ __all__ = [
     "GroupSampler",
     "PreparedCases",
     "Preprocessing",
+    "collate_groups",
     "find_datasets",
     "find_targets",
 ]

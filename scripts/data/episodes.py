@@ -8,13 +8,14 @@ contexts from the training part, as in use.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, default_collate, get_worker_info
 
 from scripts.data.augmentation import NO_GIN, GroupAugmentation
 from scripts.data.collection import Collection
@@ -270,7 +271,7 @@ class EpisodeDataset(Dataset):
             task(*self.prepared.load(case), group.setting, np.random.default_rng([self.seed, 4, number, member]))
             for member, case in enumerate(group.members)
         ]
-        image, label = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+        image, label = (_stack(tensors) for tensors in zip(*pairs, strict=True))
         gin = NO_GIN
         if augment and self.augmentation is not None:
             rng = np.random.default_rng([self.seed, 5, number])
@@ -308,6 +309,29 @@ class GroupSampler(DistributedSampler):
         """Group numbers of this epoch and rank."""
         first = (self.epoch - 1) * len(self.dataset)
         return (first + number for number in super().__iter__())
+
+
+def collate_groups(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A batch of groups, as PyTorch collates them; a batch of one is not copied.
+
+    Args:
+        groups: items of :class:`EpisodeDataset` of the same L.
+
+    Returns:
+        Their entries with a batch axis.
+    """
+    if len(groups) > 1:
+        return default_collate(groups)
+    return {key: x[None] if isinstance(x, Tensor) else default_collate([x]) for key, x in groups[0].items()}
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """``torch.stack``; in a loading process into shared memory, in which it has to travel anyway."""
+    if get_worker_info() is None:
+        return torch.stack(tensors)
+    shape, kind = (len(tensors), *tensors[0].shape), tensors[0].dtype
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * kind.itemsize)
+    return torch.stack(tensors, out=torch.empty(0, dtype=kind).set_(storage, 0, shape))
 
 
 def _holding(cases: Sequence[Case], values: frozenset[int]) -> list[Case]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from scripts.data import Collection, DatasetError, EpisodeDataset, GroupSampler, PreparedCases
+from scripts.data import Collection, DatasetError, EpisodeDataset, GroupSampler, PreparedCases, collate_groups
 from scripts.data.episodes import as_episode
 
 GRID = (8, 8, 8)
@@ -356,3 +356,25 @@ def test_a_worker_process_gives_the_same_batches(episodes, batch_size):
     for here, there in zip(*batches, strict=True):
         assert here["cases"] == there["cases"]
         assert torch.equal(here["image"], there["image"]) and torch.equal(here["label"], there["label"])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_groups_are_collated_as_pytorch_would(episodes, num_workers, batch_size):
+    dataset = episodes(context_size=2, groups_per_epoch=2)
+    dataset.prepare()
+    settings = {"batch_size": batch_size, "num_workers": num_workers}
+    ours = list(DataLoader(dataset, collate_fn=collate_groups, **settings))
+    for batch, expected in zip(ours, DataLoader(dataset, **settings), strict=True):
+        assert batch.keys() == expected.keys()
+        for key, value in expected.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(batch[key], value) and batch[key].dtype == value.dtype, key
+            else:
+                assert batch[key] == value, key
+        assert batch["image"].is_contiguous() and batch["image"].is_shared() == bool(num_workers)
+
+
+def test_a_batch_of_one_group_is_not_copied(episodes):
+    group = episodes(context_size=2)[0]
+    assert collate_groups([group])["image"].data_ptr() == group["image"].data_ptr()

@@ -1,0 +1,59 @@
+"""Forward pass: time and peak memory of ours against the baseline, and against the machine's matrix-product rate.
+
+    python -m benchmarks.forward [--grids "[64,128]" --context_sizes "[3,1]" --mini_context_size 3]
+
+The share of the matrix-product rate counts the baseline's operations, so that an operation saved counts as speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from benchmarks.networks import FULL, TINY
+from benchmarks.paired import BASELINE, Conditions, Side, benchmark, compare
+from benchmarks.passes import forward_flops
+
+
+@benchmark
+def forward(
+    conditions: Conditions,
+    grids: Sequence[int] = (64, 128),
+    context_sizes: Sequence[int] = (3, 1),
+    mini_context_size: int = 3,
+    channels: Sequence[int] = FULL,
+) -> Iterator[dict[str, Any]]:
+    """Compare a forward pass.
+
+    Args:
+        conditions: of the measurement.
+        grids: voxels per axis, one for each case.
+        context_sizes: number of pairs, one for each case.
+        mini_context_size: pairs that run at once.
+        channels: network widths.
+    """
+    if conditions.quick:
+        grids, context_sizes, channels = (8,), (2,), TINY
+    for grid, context_size in zip(grids, context_sizes, strict=True):
+        arguments = {
+            "channels": channels,
+            "spatial_size": grid,
+            "context_size": context_size,
+            "mini_context_size": mini_context_size,
+            "device": conditions.device,
+        }
+        sides = {kind: Side("passes:forward_pass", {"kind": kind} | arguments) for kind in (BASELINE, "ours")}
+        rate = Side("paired:matrix_product", {"device": conditions.device, "size": 64 if conditions.quick else 2048})
+        record = compare(sides | {"matrix product": rate}, conditions)
+        record["ratios"].pop("matrix product")
+        gflops = record["sides"]["matrix product"]["gflops"]
+        work = forward_flops(channels, grid, context_size) / 1e9
+        for kind in sides:
+            record["sides"][kind]["share_of_matrix_product"] = work / record["sides"][kind]["seconds"] / gflops
+        yield {"case": f"{grid}^3 L={context_size}"} | record
+
+
+if __name__ == "__main__":
+    from scripts.commandline import main
+
+    main(forward)

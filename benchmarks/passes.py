@@ -1,0 +1,107 @@
+"""The measurements of a network: one forward pass, one training step, and how much arithmetic they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.baseline_network import BaselineNetwork
+from benchmarks.networks import make_episode, make_network, probe
+from benchmarks.paired import timed
+from scripts.losses import SmoothL3L1Loss
+
+PRECISIONS = ("float32", "tf32", "bfloat16")
+_BF16_TOLERANCE = 0.1
+
+
+def forward_pass(
+    kind: str,
+    channels: Sequence[int],
+    spatial_size: int,
+    context_size: int,
+    mini_context_size: int = 3,
+    device: str = "cpu",
+    precision: str = "float32",
+    warm_ups: int = 1,
+    repeats: int = 1,
+) -> dict[str, Any]:
+    """Predict one random episode without gradients.
+
+    Args:
+        kind: as :func:`benchmarks.networks.make_network`.
+        channels: width of each stage.
+        spatial_size: voxels per axis.
+        context_size: number of pairs.
+        mini_context_size: pairs that run at once.
+        device: where it runs.
+        precision: ``float32``; ``tf32``: float32 with matrix products in TensorFloat-32 (CUDA only); ``bfloat16``
+            autocast, as inference has it with ``--amp true``.
+        warm_ups: passes before the timed ones.
+        repeats: timed passes.
+
+    Raises:
+        ValueError: unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    network = make_network(kind, channels, spatial_size, device).eval()
+    episode = make_episode(spatial_size, context_size, device)
+    bf16 = precision == "bfloat16"
+    with torch.no_grad(), torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16):
+        seconds, output = timed(lambda: network(*episode, mini_context_size), device, warm_ups, repeats)
+    exact = {} if precision == "float32" else {"tolerance": _BF16_TOLERANCE}
+    return {"seconds": seconds, "check": probe(output)} | exact
+
+
+def training_step(
+    kind: str,
+    channels: Sequence[int],
+    spatial_size: int,
+    context_size: int,
+    mini_context_size: int = 3,
+    device: str = "cpu",
+    warm_ups: int = 1,
+    repeats: int = 1,
+    **options: bool,
+) -> dict[str, Any]:
+    """Forward pass, backward pass and a step of Adam on one random episode; arguments as :func:`forward_pass`.
+
+    Args:
+        kind: as :func:`benchmarks.networks.make_network`.
+        channels: width of each stage.
+        spatial_size: voxels per axis.
+        context_size: number of pairs.
+        mini_context_size: pairs that run at once.
+        device: where it runs.
+        warm_ups: steps before the timed ones.
+        repeats: timed steps.
+        options: of our network, such as ``activation_checkpointing``.
+    """
+    network = make_network(kind, channels, spatial_size, device, **options).train()
+    episode = make_episode(spatial_size, context_size, device)
+    loss_function, optimizer = SmoothL3L1Loss(), torch.optim.Adam(network.parameters(), 1e-5)
+    wanted = (episode[0] > 0.5).float()
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_function(network(*episode, mini_context_size), wanted)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    seconds, loss = timed(step, device, warm_ups, repeats)
+    return {"seconds": seconds, "check": [loss.item()]}  # after one step: gradients have had their say
+
+
+def forward_flops(channels: Sequence[int], spatial_size: int, context_size: int) -> int:
+    """Floating-point operations of the baseline's forward pass: two for each multiplication with its addition."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        grid = (spatial_size,) * 3
+        pairs = torch.empty(1, context_size, 1, *grid)
+        BaselineNetwork(channels=channels, spatial_size=spatial_size)(torch.empty(1, 1, *grid), pairs, pairs)
+    return counter.get_total_flops()

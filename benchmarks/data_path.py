@@ -87,8 +87,7 @@ def second_epoch(
     """Seconds per group of an epoch whose cases were all met in the one before."""
     dataset = episodes(dataset_dir, cache_dir, spatial_size, context_size, groups)
     if cached:
-        for case in (case for cases in dataset.prepared.cases["train"].values() for case in cases):
-            dataset.prepared.load(case)
+        fill_cache(dataset)
     else:
         read = ReadCases({}, dataset.prepared.spatial_size, cache_dir)
         read.cases, read.spacing_mm = dataset.prepared.cases, dataset.prepared.spacing_mm
@@ -113,6 +112,13 @@ def episodes(
         context_size=context_size,
         groups_per_epoch=groups,
     )
+
+
+def fill_cache(dataset: EpisodeDataset) -> None:
+    """Meet every training case once, as the first epoch does."""
+    for cases in dataset.prepared.cases["train"].values():
+        for case in cases:
+            dataset.prepared.load(case)
 
 
 def load(dataset: EpisodeDataset, num_workers: int) -> DataLoader:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.data_path import episodes, load, made_dataset
+from benchmarks.data_path import episodes, fill_cache, load, made_dataset
 from benchmarks.networks import NARROW, TINY, make_network
 from benchmarks.paired import Conditions, Side, benchmark, clock, compare
 from scripts.engine import prepare_episode
@@ -88,8 +88,7 @@ def epoch(
     The first groups are not counted: workers start, and libraries set themselves up.
     """
     dataset = episodes(dataset_dir, cache_dir, spatial_size, context_size, groups + _WARM_UP_GROUPS, augment=True)
-    for case in (case for cases in dataset.prepared.cases["train"].values() for case in cases):
-        dataset.prepared.load(case)
+    fill_cache(dataset)
     loader = load(dataset, num_workers)
     network = make_network("ours", channels, spatial_size, device).train()
     optimizer, loss_function = torch.optim.Adam(network.parameters(), 1e-5), SmoothL3L1Loss()

@@ -1,9 +1,9 @@
 """The parts of the network row by row, for prediction on a CPU.
 
 The same modules and parameters as :mod:`scripts.networks.neuroverse3d`, computed in *slabs*: a few rows of the first
-spatial axis of every sample, ``(N, R, W, D, C)``. All that lies between the input and the
-output of a residual unit then stays in the processor's cache, never takes fresh memory, and the result goes where
-the input was. Maps are stored in float32, or in the type of the surrounding autocast; slabs are computed in float32.
+spatial axis of every sample, ``(N, R, W, D, C)``. All that lies between the input and the output of a residual unit
+then stays in the processor's cache, never takes fresh memory, and the result goes where the input was. Maps are
+stored in float32, or in the type of the surrounding autocast; slabs are computed in float32.
 """
 
 from __future__ import annotations
@@ -212,6 +212,14 @@ def fuse(part: Fusion, slab: Tensor, into_context: bool, other: Tensor) -> Tenso
     return gelu_(result)
 
 
+def fused_rows(
+    part: Fusion, slabs: Iterable[tuple[int, Tensor]], into_context: bool, other: Tensor
+) -> Iterator[tuple[int, Tensor]]:
+    """:func:`fuse` slab by slab; ``other`` is the other side's map."""
+    read = reader(other)
+    return ((a, fuse(part, slab, into_context, read(a, a + slab.shape[1]))) for a, slab in slabs)
+
+
 def write(slabs: Iterable[tuple[int, Tensor]], x: Tensor) -> Tensor:
     """Put slabs into a map."""
     for a, slab in slabs:
@@ -219,9 +227,14 @@ def write(slabs: Iterable[tuple[int, Tensor]], x: Tensor) -> Tensor:
     return x
 
 
+def unit_rows(unit: ResidualUnit, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """A residual unit of a map, as :func:`residual_rows` yields it."""
+    return residual_rows(unit, reader(x), len(x), x.shape[2:])
+
+
 def residual(unit: ResidualUnit, x: Tensor) -> Tensor:
     """A residual unit in place."""
-    return write(residual_rows(unit, reader(x), x.shape[0], x.shape[2:]), x)
+    return write(unit_rows(unit, x), x)
 
 
 def encode_target(part: TargetEncoder, target: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -257,9 +270,8 @@ def context_maps(
         if x is None:
             x = empty_map(len(target) * pairs, target.shape[1], target.shape[2:], target.dtype)
         else:
-            slabs = residual_rows(part.residuals[stage], reader(x), len(x), x.shape[2:])
-        seen = reader(target)
-        write(((a, fuse(fusion, slab, True, seen(a, a + slab.shape[1]))) for a, slab in slabs), x)
+            slabs = unit_rows(part.residuals[stage], x)
+        write(fused_rows(fusion, slabs, True, target), x)
         skips.append(x)
         x = down(halving, x)
     x = residual(part.bottleneck, x)
@@ -280,13 +292,10 @@ def decode_target(
         if stage:
             skip = skips.pop()
             x = merge_up(part.ups[stage - 1], x, skip, skip if overwrite else torch.empty_like(skip))
-        seen = reader(features[stage])
-        slabs = residual_rows(unit, reader(x), len(x), x.shape[2:])
-        write(((a, fuse(fusion, slab, False, seen(a, a + slab.shape[1]))) for a, slab in slabs), x)
+        write(fused_rows(fusion, unit_rows(unit, x), False, features[stage]), x)
     result = empty_map(len(x), part.output.out_channels, x.shape[2:], torch.float32)
     weight, bias = part.output.weight.flatten(1), part.output.bias
-    slabs = residual_rows(part.head, reader(x), len(x), x.shape[2:])
-    return write(((a, F.linear(slab, weight, bias)) for a, slab in slabs), result)
+    return write(((a, F.linear(slab, weight, bias)) for a, slab in unit_rows(part.head, x)), result)
 
 
 def running_mean(totals: list[Tensor], maps: Iterable[Tensor], pairs: int, length: int) -> list[Tensor]:

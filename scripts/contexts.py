@@ -158,16 +158,6 @@ class ContextSet:
         images, answers = self.pairs(numbers)
         return images, answers if self.generation else (answers == value).float()
 
-    @property
-    def images(self) -> Tensor:
-        """All images, ``(L, 1, H, W, D)``; for sets that fit into memory."""
-        return self.pairs()[0]
-
-    @property
-    def labels(self) -> Tensor:
-        """All answers, ``(L, 1, H, W, D)``; for sets that fit into memory."""
-        return self.pairs()[1]
-
     def native(self, number: int) -> tuple[MetaTensor, MetaTensor]:
         """Image and answer of a pair on their own voxels, read again if they came from files.
 

@@ -104,7 +104,7 @@ def test_an_ensemble_averages_and_is_repeatable():
         assert confident.inferer.network.calls == 4
         assert len(confident.inferer.used[1]) == 6  # the members use parts of these
     assert torch.equal(scores[0], scores[1]) and not torch.equal(scores[0], scores[2])
-    labels = confident.inferer.context.labels.float()
+    labels = confident.inferer.context.pairs()[1].float()
     assert scores[0].min() >= 0 and torch.all(scores[0][0] <= labels.amax(0))
 
 

@@ -26,12 +26,13 @@ def test_pairs_are_on_the_grid(root):
     cases = context_cases(root)
     found = load_contexts(cases, cases[1:4], GRID)
     assert len(found) == 3 and found.names == NAMES[1:4]
-    assert found.images.shape == found.labels.shape == (3, 1, *GRID)
-    assert found.images.dtype == torch.float32 and 0 <= found.images.min() and found.images.max() <= 1
-    assert not found.labels.dtype.is_floating_point and set(found.labels.unique().tolist()) == {0, 1, 2}
+    images, labels = found.pairs()
+    assert images.shape == labels.shape == (3, 1, *GRID)
+    assert images.dtype == torch.float32 and 0 <= images.min() and images.max() <= 1
+    assert not labels.dtype.is_floating_point and set(labels.unique().tolist()) == {0, 1, 2}
     assert found.preprocessing.spatial_size == GRID and found.output_range == (0.0, 1.0)
     for number, case in enumerate(cases[1:4]):  # the grid is the image's own, so nothing is resampled
-        assert np.array_equal(found.labels[number, 0], nib.load(case["label"]).get_fdata())
+        assert np.array_equal(labels[number, 0], nib.load(case["label"]).get_fdata())
 
 
 def test_spacing_does_not_hang_on_the_choice(make_dataset, root):
@@ -115,10 +116,10 @@ def test_minus_zero_is_zero():
 def test_generation_pairs_are_two_channels(root):
     cases = context_cases(root, channel=0, label_channel=1)
     assert all(case["output"].endswith("_0001.nii.gz") and "label" not in case for case in cases)
-    found = load_contexts(cases, cases[:4], GRID)
-    assert found.images.shape == found.labels.shape == (4, 1, *GRID) and found.labels.dtype == torch.float32
-    assert 0 <= found.labels.min() and found.labels.max() <= 1
-    torch.testing.assert_close(found.labels, 1 - found.images, atol=0.02, rtol=0)
+    images, outputs = load_contexts(cases, cases[:4], GRID).pairs()
+    assert images.shape == outputs.shape == (4, 1, *GRID) and outputs.dtype == torch.float32
+    assert 0 <= outputs.min() and outputs.max() <= 1
+    torch.testing.assert_close(outputs, 1 - images, atol=0.02, rtol=0)
 
 
 def test_generation_output_range_is_that_of_the_outputs(root, rewrite):
@@ -140,9 +141,10 @@ def test_generation_output_range_is_that_of_the_outputs(root, rewrite):
 
 
 def test_second_channel_as_input(root):
-    first, second = (load_contexts(cases, cases, GRID) for cases in (context_cases(root, 0), context_cases(root, 1)))
-    torch.testing.assert_close(second.images, 1 - first.images, atol=0.02, rtol=0)
-    assert torch.equal(first.labels, second.labels)
+    candidates = (context_cases(root, channel) for channel in (0, 1))
+    first, second = (load_contexts(cases, cases, GRID).pairs() for cases in candidates)
+    torch.testing.assert_close(second[0], 1 - first[0], atol=0.02, rtol=0)
+    assert torch.equal(first[1], second[1])
 
 
 # --- own space
@@ -165,7 +167,7 @@ def test_values_of_no_class_are_background(make_dataset, tmp_path):
     cases = context_cases(root)
     found = load_contexts(cases, cases, GRID)
     assert found.label_values == [1] and found.holding(2) == []
-    assert set(found.labels.unique().tolist()) == set(found.native(0)[1].unique().tolist()) == {0, 1}
+    assert set(found.pairs()[1].unique().tolist()) == set(found.native(0)[1].unique().tolist()) == {0, 1}
 
 
 # --- what is kept
@@ -184,7 +186,7 @@ def test_contexts_of_all_targets_are_read_once(root, monkeypatch):
     assert not read  # nothing is read that is not asked for
     found.describe()
     images, labels = found.pairs([4, 1])
-    assert torch.equal(images, found.images[[4, 1]]) and torch.equal(labels, found.labels[[4, 1]])
+    assert all(torch.equal(some, of_all[[4, 1]]) for some, of_all in zip((images, labels), found.pairs(), strict=True))
     assert len(read) == 12 and len(set(read)) == 12
 
 
@@ -213,7 +215,7 @@ def test_what_pairs_hold_is_remembered_for_the_next_run(root, tmp_path, monkeypa
     read = counted(monkeypatch)
     first = load()
     first.describe()
-    target = first.images[3]
+    target = first.pairs([3])[0][0]
     assert len(read) == 12
     again = load()
     assert torch.equal(again.similarity(target), first.similarity(target)) and again.label_values == [1, 2]
@@ -268,7 +270,7 @@ def varied(root, write_nifti):
 def test_the_most_similar_are_chosen(varied):
     noise = 0.1 * torch.randn(1, *GRID)
     for number in range(6):
-        similarity = varied.similarity(varied.images[number] + noise)
+        similarity = varied.similarity(varied.pairs([number])[0][0] + noise)
         assert similarity.shape == (6,) and similarity.argmax() == number and 0.8 < similarity[number] <= 1
         chosen = varied.choose(range(6), similarity)
         assert chosen == similarity.argsort(descending=True)[:2].tolist()
@@ -278,7 +280,7 @@ def test_the_most_similar_are_chosen(varied):
 
 
 def test_similarity_is_of_scans_on_the_grid(varied):
-    image = varied.images[2]
+    image = varied.pairs([2])[0][0]
     torch.testing.assert_close(varied.similarity(image), varied.similarity(image[None]))
     torch.testing.assert_close(varied.similarity(image), varied.similarity(0.2 + 0.5 * image), atol=0.02, rtol=0)
     padded = torch.nn.functional.pad(image, (3, 3, 2, 2, 4, 4))  # of a larger scan the middle counts

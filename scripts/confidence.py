@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from scripts.contexts import ContextSet
 from scripts.engine import MASK_THRESHOLD
 from scripts.ensemble import AXES, AXIS_NAMES, draw_members, mirrored
-from scripts.inferer import ICLInferer, Volume, as_volume
+from scripts.inferer import ICLInferer, Volume
 from scripts.self_test import MAX_TESTED, label_map, leave_one_out, spread, summary, table
 from scripts.similarity import ContextSimilarity
 
@@ -171,9 +171,7 @@ class ConfidentInferer(Inferer):
 
     def predict(self, image: Volume) -> MetaTensor:
         """Answer for one target in its own space, as :meth:`ICLInferer.predict`; see :attr:`found` for the rest."""
-        target = self.inferer.to_grid(as_volume(image))
-        scores = self(target[None].to(self.inferer.device), self.inferer.network)
-        return self.inferer.answer(scores[0].cpu(), target)
+        return self.inferer.predict(image, self)
 
     def _predict(
         self, image: Tensor, network: nn.Module, among: Sequence[int] | None = None

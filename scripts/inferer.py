@@ -139,11 +139,12 @@ class ICLInferer(Inferer):
             raise ValueError("the contexts have no label other than background")
         return values
 
-    def predict(self, image: Volume) -> MetaTensor:
+    def predict(self, image: Volume, scorer: Inferer | None = None) -> MetaTensor:
         """Answer for one target in its own space.
 
         Args:
             image: as in :meth:`set_context`.
+            scorer: what finds the scores, called as this predictor is, which does it itself by default.
 
         Returns:
             ``(1, H, W, D)`` with the target's affine: label numbers (uint8, or int16/int32 if needed), or for
@@ -151,7 +152,7 @@ class ICLInferer(Inferer):
             lowest value outside of the grid).
         """
         target = self.to_grid(as_volume(image))
-        scores = self(target[None].to(self.device), self.network)
+        scores = (scorer or self)(target[None].to(self.device), self.network)
         return self.answer(scores[0].cpu(), target)
 
     def to_grid(self, volume: MetaTensor) -> MetaTensor:

@@ -88,6 +88,8 @@ def test_without_ensemble_the_scores_are_the_predictors_own():
     target = confident.inferer.to_grid(MetaTensor(pair(50)[0][None], affine=torch.eye(4)))[None]
     plain = confident.inferer(target, confident.inferer.network)
     assert torch.equal(confident(target, confident.inferer.network), plain)
+    image = pair(50)[0]
+    assert torch.equal(confident.predict(image), confident.inferer.predict(image)) and confident.predict(image).any()
     assert set(confident.found) == {"similarity", "agreement", "expected_dice", "flags"}
     assert confident.found["expected_dice"] == {} and 0.5 < confident.found["agreement"]["1"] < 1
     assert confident.found["flags"] == [] and confident.found["similarity"] > 0.8

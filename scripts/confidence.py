@@ -18,6 +18,7 @@ from monai.transforms import ResizeWithPadOrCrop
 from torch import Tensor, nn
 
 from scripts.contexts import ContextSet
+from scripts.data.preprocessing import least_score
 from scripts.engine import MASK_THRESHOLD
 from scripts.ensemble import AXES, AXIS_NAMES, draw_members, mirrored
 from scripts.inferer import ICLInferer, Volume
@@ -250,8 +251,9 @@ class ConfidentInferer(Inferer):
 
 
 def _to_beat(scores: Tensor) -> Tensor:
-    """What each label's score has to exceed to win a voxel: the threshold, and every other label's score."""
-    if len(scores) == 1:
-        return torch.full_like(scores, MASK_THRESHOLD)
-    best, second = scores.topk(2, dim=0).values
-    return torch.where(scores == best, second, best).clamp(min=MASK_THRESHOLD)
+    """What each label's score has to exceed to win a voxel: background, and every other label's score."""
+    rival = torch.zeros_like(scores)
+    if len(scores) > 1:
+        best, second = scores.topk(2, dim=0).values
+        rival = torch.where(scores == best, second, best)
+    return torch.maximum(rival, least_score(rival, MASK_THRESHOLD))

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scripts.contexts import ContextSet
+from scripts.data.preprocessing import least_score
 from scripts.engine import MASK_THRESHOLD
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ LOW_MARGIN = 0.1
 
 
 def label_map(scores: Tensor) -> Tensor:
-    """Which label wins where.
+    """Which label wins where, by the rule of ``Preprocessing.to_native_labels``.
 
     Args:
         scores: ``(K, h, w, d)``, one channel per label.
@@ -38,7 +39,8 @@ def label_map(scores: Tensor) -> Tensor:
         ``(1, h, w, d)`` whole numbers: 0 for background, k + 1 for the label of channel k.
     """
     best, channel = scores.max(dim=0, keepdim=True)
-    return torch.where(best > MASK_THRESHOLD, channel + 1, 0)
+    rival = scores.topk(2, dim=0).values[1:] if len(scores) > 1 else torch.zeros_like(best)
+    return torch.where(best > least_score(rival, MASK_THRESHOLD), channel + 1, 0)
 
 
 def dice_by_label(answer: Tensor, truth: Tensor, count: int) -> list[float]:

@@ -83,6 +83,12 @@ def test_agreement_counts_against_the_other_labels():
     assert votes_of(blob(0.1)) == [0.0]
 
 
+def test_agreement_is_with_the_answer_where_labels_touch():
+    touching = torch.cat((blob(0.45), blob(0.4)), dim=1)  # the first one's everywhere, at three of five thresholds
+    first, second = votes_of(touching)
+    assert first == pytest.approx(2 * 0.6 / 1.6) and second == 0
+
+
 def test_without_ensemble_the_scores_are_the_predictors_own():
     confident = predictor()
     target = confident.inferer.to_grid(MetaTensor(pair(50)[0][None], affine=torch.eye(4)))[None]

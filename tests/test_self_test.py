@@ -5,9 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 
 from scripts.contexts import ContextSet, Example
 from scripts.data.preprocessing import Preprocessing
+from scripts.engine import MASK_THRESHOLD
 from scripts.self_test import dice_by_label, fellows, label_map, leave_one_out, predictable, spread, summary, table
 
 SIZE = 8
@@ -53,8 +55,24 @@ def average(context, values):
 
 
 def test_the_highest_score_above_the_threshold_wins():
-    scores = torch.tensor([[0.4, 0.6, 0.6, 0.2], [0.3, 0.7, 0.5, 0.51]])[:, None, None]
+    scores = torch.tensor([[0.49, 0.6, 0.6, 0.2], [0.02, 0.7, 0.5, 0.51]])[:, None, None]
     assert label_map(scores).flatten().tolist() == [0, 2, 1, 2]
+
+
+def test_labels_that_touch_leave_no_gap():
+    scores = torch.tensor([[0.45, 0.45, 0.26, 0.3], [0.4, 0.04, 0.25, 0.2]])[:, None, None]
+    assert label_map(scores).flatten().tolist() == [1, 0, 0, 0]
+    assert label_map(torch.tensor([[0.51, 0.5]])[:, None, None]).flatten().tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_labels_are_decided_as_in_answers(count):
+    image = torch.rand(1, SIZE, SIZE, SIZE)
+    preprocessing = Preprocessing((SIZE,) * 3, 1.0)
+    target = preprocessing.target(MetaTensor(image, affine=torch.eye(4)))  # on its own voxels
+    scores = torch.rand(count, SIZE, SIZE, SIZE) * 0.8 - 0.1
+    answer = preprocessing.to_native_labels(scores, target, range(1, count + 1), MASK_THRESHOLD)
+    assert torch.equal(label_map(scores), answer.long()) and 0.1 < (answer > 0).float().mean() < 0.95
 
 
 def test_dice_by_label():

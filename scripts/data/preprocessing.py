@@ -44,6 +44,23 @@ _SOURCE_AFFINE = "source_affine"
 _GRID_AXES = "grid_axes"
 
 
+def least_score(rival: Tensor, threshold: float) -> Tensor:
+    """What a label's score has to exceed for a voxel not to be background.
+
+    Between two labels that touch, both scores fall below the threshold, and a gap would open. So the rival's score
+    counts as not being background, and the threshold is for the share of what is left. For exclusive labels this is
+    nearly the highest of all shares, the background's included.
+
+    Args:
+        rival: highest score of the other labels, any shape; up to 0.05 it counts as none.
+        threshold: of a label on its own.
+
+    Returns:
+        ``threshold * (1 - rival)``, of the same shape.
+    """
+    return threshold * (1 - torch.where(rival > _TOUCHING, rival, 0))
+
+
 class ForegroundMask(MapTransform):
     """Adds ``foreground``: voxels above the image's minimum, and any labelled voxel."""
 
@@ -190,17 +207,14 @@ class Preprocessing:
     ) -> MetaTensor:
         """Bring scores back to the target's own space and give each voxel the label with the highest one.
 
-        The scores are resampled by cubic splines, label by label and slab by slab. The threshold is that of a label
-        on its own. Between two labels that touch, both scores fall below it, and a gap would open: there the second
-        highest score counts as not being background, and the threshold is for the best one's share of what is left.
+        The scores are resampled by cubic splines, label by label and slab by slab. Voxels whose highest score is not
+        above :func:`least_score` are background.
 
         Args:
             scores: ``(K, h, w, d)`` on the voxels of ``target``.
             target: from :meth:`target`.
             values: K label numbers.
-            threshold: voxels whose highest score is not above ``threshold * (1 - second)`` are background, where
-                ``second`` is the second highest score, if that is above 0.05, or else 0. For exclusive
-                labels this is nearly the highest of all shares, the background's included.
+            threshold: of a label on its own.
 
         Returns:
             ``(1, H, W, D)`` uint8 (int16 or int32 where the numbers need it), with the source's affine and meta data.
@@ -227,8 +241,7 @@ class Preprocessing:
                 number[region].masked_fill_(score > best[region], value)
                 second[region] = torch.maximum(second[region], torch.minimum(best[region], score))
                 best[region] = torch.maximum(best[region], score)
-            second.masked_fill_(second <= _TOUCHING, 0)
-            number.masked_fill_(best <= threshold * (1 - second), 0)
+            number.masked_fill_(best <= least_score(second, threshold), 0)
             slabs.put(number, part, native)
         return _in_source_space(torch.from_numpy(native)[None], target)
 

@@ -51,6 +51,25 @@ def leave_processes() -> None:
     dist.destroy_process_group()
 
 
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: no such kind of device, or a GPU that PyTorch does not see.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"no device is called {name}: give cuda, cuda:1 or cpu") from error
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"PyTorch sees {count} GPUs, so there is no {device}: give cpu or one that is there, or check the driver, "
+            "CUDA_VISIBLE_DEVICES, and whether PyTorch was built for GPUs"
+        )
+    return device
+
+
 def local_device() -> str:
     """A GPU for this process, if there is any; torchrun's processes on a machine take turns."""
     if not torch.cuda.is_available():

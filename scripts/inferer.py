@@ -21,7 +21,16 @@ from torch import Tensor
 from scripts.checkpoint import load_network
 from scripts.context_source import gather_contexts
 from scripts.contexts import ContextSet
-from scripts.data.volumes import NIFTI_SPACE, NOT_FINITE, VolumeError, load_volume, volume_digest, volume_fault
+from scripts.data.volumes import (
+    CONSTANT,
+    NIFTI_SPACE,
+    NOT_FINITE,
+    VolumeError,
+    load_volume,
+    volume_digest,
+    volume_fault,
+)
+from scripts.distributed import usable_device
 from scripts.engine import MASK_THRESHOLD
 from scripts.networks import Neuroverse3D
 from scripts.passes import Passes
@@ -68,7 +77,7 @@ class ICLInferer(Inferer):
     ) -> None:
         if task not in ("segmentation", "generation"):
             raise ValueError(f"--task must be segmentation or generation, got {task!r}")
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         network = load_network(network) if isinstance(network, (str, Path)) else network
         self.network = network.to(self.device, memory_format=torch.channels_last_3d).eval()
         self.task = task
@@ -150,8 +159,15 @@ class ICLInferer(Inferer):
             ``(1, H, W, D)`` with the target's affine: label numbers (uint8, or int16/int32 if needed), or for
             generation float32 in the intensity range and unit of the contexts' outputs, trilinearly resampled (its
             lowest value outside of the grid).
+
+        Raises:
+            VolumeError: as :func:`as_volume`, or the image is constant.
+            ValueError: no contexts, or an asked-for label is in none of them.
         """
-        target = self.to_grid(as_volume(image))
+        volume = as_volume(image)
+        if volume.min() == volume.max():
+            raise VolumeError(_name_of(image), CONSTANT.format(float(volume.min())))
+        target = self.to_grid(volume)
         scores = (scorer or self)(target[None].to(self.device), self.network)
         return self.answer(scores[0].cpu(), target)
 
@@ -257,8 +273,9 @@ def as_volume(source: Volume) -> MetaTensor:
     Raises:
         VolumeError: not one 3D volume of finite numbers with a usable affine; a file is named.
     """
+    name = _name_of(source)
     if isinstance(source, (str, Path)):
-        name, volume = str(source), load_volume(source)
+        volume = load_volume(source)
     else:
         array, affine = source if isinstance(source, tuple) else (source, getattr(source, "affine", np.eye(4)))
         voxels = torch.as_tensor(array if isinstance(array, Tensor) else np.asarray(array))
@@ -268,12 +285,16 @@ def as_volume(source: Volume) -> MetaTensor:
         affine = torch.as_tensor(np.asarray(affine), dtype=torch.float64)
         if affine.shape != (4, 4):
             raise ValueError(f"need an affine of (4, 4), got {tuple(affine.shape)}")
-        name, volume = "the given volume", MetaTensor(voxels, affine=affine, meta=meta)
+        volume = MetaTensor(voxels, affine=affine, meta=meta)
         if fault := volume_fault(volume):
             raise VolumeError(name, fault)
     if not all(bound.isfinite() for bound in volume.as_tensor().aminmax()):
         raise VolumeError(name, NOT_FINITE)
     return volume
+
+
+def _name_of(source: Volume) -> str:
+    return str(source) if isinstance(source, (str, Path)) else "the given volume"
 
 
 class ToGridd(MapTransform):

@@ -88,7 +88,7 @@ OPTIONS: dict[str, Option] = {
     "resume": Option("flag", "continue the run in the output folder"),
     "overwrite": Option("flag", "replace results that are already there"),
     "seed": Option("int", "seed of everything random"),
-    "device": Option("text", "cuda, cuda:1 or cpu"),
+    "device": Option("device", "cuda, cuda:1 or cpu"),
     # inference and evaluation
     "context_dir": Option("path", "nnU-Net dataset folder with the example pairs (imagesTr, labelsTr)"),
     "context_images": Option("paths", "instead of context_dir: the example images, a folder or a list of files"),
@@ -213,6 +213,12 @@ def _paths(value: Any) -> list[str]:
     return [_path(path) for path in (_sequence(value) if listed else [value])]
 
 
+def _device(value: Any) -> str:
+    from scripts.distributed import usable_device  # brings PyTorch, which most tools' --help can do without
+
+    return str(usable_device(str(value)))
+
+
 _READERS: dict[str, Callable[[Any], Any]] = {
     "int": _whole,
     "count": _count,
@@ -224,5 +230,6 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "path": _path,
     "paths": _paths,
     "text": str,
+    "device": _device,
     "words": lambda value: value if isinstance(value, str) and not set(value) & set("[(,") else _names(value),
 }

@@ -115,7 +115,7 @@ def leave_one_out(
         A context's number and the Dice on the grid of each of its labels that others have too.
     """
     cases = predictable(context, values, limit)
-    for number, labels in tqdm(cases.items(), title, unit="context", disable=not progress):
+    for number, labels in tqdm(cases.items(), title, unit="context", disable=not (progress and cases)):
         image, label = context.pairs([number])
         scores = predict(image, fellows(context, number))[0].cpu()
         truth = sum((k + 1) * (label[0] == value).long() for k, value in enumerate(values))

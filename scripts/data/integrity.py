@@ -24,7 +24,7 @@ from tqdm import tqdm
 from scripts.atomic import write_json
 from scripts.data.nnunet import Case, DatasetError
 from scripts.data.resampling import closest_axes
-from scripts.data.volumes import AFFINE_TOLERANCE_MM, NOT_FINITE, VolumeError, load_volume, volume_digest
+from scripts.data.volumes import AFFINE_TOLERANCE_MM, CONSTANT, NOT_FINITE, VolumeError, load_volume, volume_digest
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def _image_faults(voxels: np.ndarray, what: str) -> list[str]:
     if not np.isfinite((low, high)).all():
         return [f"{what} {NOT_FINITE}"]
     if low == high:
-        return [f"{what} is constant (every voxel is {low:g}): is it the right file?"]
+        return [f"{what} {CONSTANT.format(low)}"]
     return []
 
 

@@ -33,6 +33,9 @@ VOXEL_RANGE_MM = (0.01, 50.0)
 NOT_FINITE = "holds NaN or infinite voxels: replace them, or take the scan anew from its source"
 """What is said of such an image."""
 
+CONSTANT = "is constant (every voxel is {:g}): is it the right file?"
+"""What is said of an image of one value."""
+
 NIFTI_SPACE = "nifti_space"
 """Meta data key: values of :data:`NIFTI_SPACE_FIELDS` of the file's header, one after the other."""
 
@@ -157,6 +160,8 @@ def _read_nibabel(path: str | os.PathLike) -> MetaTensor:
             raise VolumeError(path, "holds colours (RGB): convert it to one grey value per voxel")
         if np.issubdtype(image.get_data_dtype(), np.complexfloating):
             raise VolumeError(path, "holds complex numbers: save their magnitude")
+        if not all(_header_zooms(image)):
+            raise VolumeError(path, "has voxels of 0 mm: mend the spacing in its header")
         voxels = image.get_fdata(dtype=np.float32, caching="unchanged")
     except VolumeError:
         raise
@@ -166,6 +171,15 @@ def _read_nibabel(path: str | os.PathLike) -> MetaTensor:
         voxels = voxels[..., 0]
     meta = {NIFTI_SPACE: _nifti_space(image.header)} if isinstance(image.header, nib.Nifti1Header) else {}
     return MetaTensor(torch.as_tensor(voxels)[None], affine=torch.as_tensor(image.affine).double(), meta=meta)
+
+
+def _header_zooms(image: nib.spatialimages.SpatialImage) -> list[float]:
+    """Voxel sizes that the affine goes by, as they are in the file: nibabel takes 1 mm for 0."""
+    if isinstance(image.header, nib.Nifti1Header) and image.header["sform_code"] == 0:
+        with image.file_map["header" if "header" in image.file_map else "image"].get_prepare_fileobj("rb") as file:
+            header = type(image.header).from_fileobj(file, check=False)
+        return header["pixdim"][1 : 1 + min(3, image.ndim)].tolist()
+    return list(image.header.get_zooms()[:3])
 
 
 def _read_nrrd(path: str | os.PathLike) -> MetaTensor:
@@ -187,6 +201,7 @@ def _nifti_space(header: nib.Nifti1Header) -> np.ndarray:
 def _short(error: BaseException, path: str | os.PathLike) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
+    lines = [line for line in lines if not line.startswith("- ")] or lines  # nibabel's afterthoughts
     reason = re.sub(r"^[\w.]+: ", "", lines[-1]) if lines else type(error).__name__
     return reason.replace(str(path), Path(path).name)[:120]

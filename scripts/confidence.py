@@ -7,7 +7,7 @@ scores; with an ensemble it also averages the members' scores.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -127,8 +127,11 @@ class ConfidentInferer(Inferer):
         """What changes answers; the seed does so only with an ensemble."""
         return [self.ensemble, self.seed] if self.ensemble > 1 else [1]
 
-    def prepare(self) -> dict[str, Any] | None:
+    def prepare(self, known: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """Look at the contexts, and test them on each other as far as asked for; before the first target.
+
+        Args:
+            known: the summary of a self-test of the same contexts, weights and settings, which is not made again.
 
         Returns:
             The self-test's summary for ``report.json``; None if there is none.
@@ -142,7 +145,12 @@ class ConfidentInferer(Inferer):
             return None
         if self.ensemble > 1:
             self._flip_axes = self._harmless_flips()
-        return self._test() if self.self_test else None
+        if not self.self_test:
+            return None
+        found = dict(known) if known and "lowest_agreement" in known else self._test()
+        if found is not None:
+            self._expect(found)
+        return found
 
     def __call__(self, inputs: Tensor, network: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Scores of a preprocessed target, as :class:`ICLInferer`; what was found is in :attr:`found`."""
@@ -237,17 +245,22 @@ class ConfidentInferer(Inferer):
         if not tested:
             logger.warning("no self-test: it needs two contexts or more with a label in common")
             return None
-        for value in sorted({value for _, dice in tested for value in dice}):
-            both = [(dice[value], a[value]) for (_, dice), a in zip(tested, agreements, strict=True) if value in dice]
-            mean_dice, mean_agreement = np.mean(both, axis=0).tolist()
-            self._self_test_means[value] = mean_dice, mean_agreement
-            self._lowest_agreement[value] = min(a for _, a in both)
         found = summary({inferer.context.names[number]: dice for number, dice in tested})
-        found["mean_agreement"] = {str(value): round(a, 4) for value, (_, a) in self._self_test_means.items()}
+        found |= {"mean_agreement": {}, "lowest_agreement": {}}
+        for label in found["mean_dice"]:
+            of_label = [a[int(label)] for (_, dice), a in zip(tested, agreements, strict=True) if int(label) in dice]
+            found["mean_agreement"][label] = round(float(np.mean(of_label)), 4)
+            found["lowest_agreement"][label] = round(min(of_label), 4)
         logger.info("self-test, each context predicted from the others:\n%s", table(found))
         if found["out_of_line"]:
             logger.warning("far below the other contexts, check their labels: %s", ", ".join(found["out_of_line"]))
         return found
+
+    def _expect(self, found: Mapping[str, Any]) -> None:
+        """Take from a self-test's summary what targets are compared with."""
+        for label, lowest in found["lowest_agreement"].items():
+            self._self_test_means[int(label)] = found["mean_dice"][label], found["mean_agreement"][label]
+            self._lowest_agreement[int(label)] = lowest
 
 
 def _to_beat(scores: Tensor) -> Tensor:

@@ -165,8 +165,9 @@ class InferenceRun(Sequence[Case]):
         mine = self.shard.of(targets)
         self._set_aside(mine)
         self._skipped = len(mine) - len(self._todo)
-        if self.confidence and self._todo and (self_test := self.confidence.prepare()) is not None:
-            self.report["self_test"] = self_test
+        if self.confidence and self._todo:
+            self_test = self.confidence.prepare(self.report.get("self_test"))
+            self.report |= {} if self_test is None else {"self_test": self_test}
         self._files.fold(self.report)
         part = "" if self.shard.count == 1 else f" of shard {self.shard}"
         logger.info(

@@ -125,6 +125,11 @@ def test_self_test_turns_agreement_into_expected_dice():
     mean_dice, mean_agreement = (found[key]["1"] for key in ("mean_dice", "mean_agreement"))
     assert expected == pytest.approx(mean_dice * (agreement / mean_agreement) ** 1.75, abs=1e-3)
     assert abs(expected - mean_dice) < 0.15
+    other = predictor(self_test=True)
+    other.inferer.network.calls = 0
+    assert other.prepare(json.loads(json.dumps(found))) == found and other.inferer.network.calls == 0
+    other.predict(pair(50)[0])
+    assert other.found == confident.found
 
 
 def test_an_answer_less_firm_than_in_any_context_is_flagged():

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from scripts import native_nifti
+from scripts.confidence import ConfidentInferer
 from scripts.data.nnunet import DatasetError
 from scripts.data.synthesis import write_cohorts
 from scripts.inferer import ICLInferer
@@ -299,6 +300,22 @@ def test_shards_share_the_targets_and_the_last_one_merges(infer, tmp_path):
     infer(shard="1/2")
     found = infer()  # neither another splitting nor none does anything again
     assert answers(out) == stamps and sorted(found["cases"]) == NAMES and not (out / "shards").exists()
+
+
+def test_shards_take_over_the_self_test_of_one_that_has_made_it(infer, tmp_path, monkeypatch):
+    made = []
+    plain = ConfidentInferer._test
+    monkeypatch.setattr(ConfidentInferer, "_test", lambda self: made.append(self) or plain(self))
+    with pytest.raises(FileNotFoundError):
+        infer(shard="2/2", self_test=True)
+    found = infer(shard="1/2", self_test=True)
+    assert len(made) == 1
+    whole = infer(output_dir=tmp_path / "whole", self_test=True)
+    assert len(made) == 2 and found["self_test"] == whole["self_test"]
+    for name in NAMES:
+        assert found["cases"][name]["expected_dice"] == whole["cases"][name]["expected_dice"] != {}
+    infer(output_dir=tmp_path / "whole", self_test=True, overwrite=True)
+    assert len(made) == 3
 
 
 def test_a_shard_may_have_nothing_to_do(infer, tmp_path):

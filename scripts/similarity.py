@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.stats import t as student
 from torch import Tensor
+
+from scripts.thumbnails import correlation, thumbnail
 
 SAMPLE = 100_000
 """Voxels that quantiles are taken of, at most."""
@@ -45,7 +46,7 @@ class Resemblance(NamedTuple):
 class ContextSimilarity:
     """Compares a scan with every context in three measures, and takes the nearest one in each.
 
-    - layout: 1 less the normalised cross-correlation of the images at 12³ voxels;
+    - layout: 1 less the normalised cross-correlation of thumbnails of 12³ voxels;
     - intensities: mean difference of the quantiles of the foreground (1-Wasserstein distance of the histograms);
     - sharpness: the same for the gradient's magnitude, which noise raises and blur lowers.
 
@@ -77,19 +78,18 @@ class ContextSimilarity:
     def _nearest(one: tuple[Tensor, ...], others: list[tuple[Tensor, ...]]) -> list[float]:
         """Distance to the nearest of the others in each measure."""
         layout, *quantiles = one
-        away = [[1 - float(layout @ other[0]) for other in others]]
+        away = [(1 - correlation(torch.stack([other[0] for other in others]), layout)).tolist()]
         away += [[float((own - other[1 + i]).abs().mean()) for other in others] for i, own in enumerate(quantiles)]
         return [min(distances) for distances in away]
 
 
 def _descriptors(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised low-resolution image, quantiles of its foreground and of the gradient's magnitude there."""
+    """Thumbnail of the image, quantiles of its foreground and of the gradient's magnitude there."""
     image = image.float()
-    layout = F.adaptive_avg_pool3d(image, LAYOUT_SIZE).flatten()
     sharpness = sum(slope.square() for slope in torch.gradient(image[0])).sqrt()
     foreground = image[0] > 0
     return (
-        F.normalize(layout - layout.mean(), dim=0).cpu(),
+        thumbnail(image, image.shape[1:], LAYOUT_SIZE),
         _quantiles(image[0][foreground]),
         _quantiles(sharpness[foreground]),
     )

@@ -9,21 +9,22 @@ from monai.transforms import ResizeWithPadOrCrop
 from torch import Tensor
 
 THUMBNAIL_SIZE = 16
-"""Voxels of a thumbnail along each axis, fewer if the grid has fewer."""
+"""Voxels along each axis of the thumbnails by which contexts are chosen."""
 
 
-def thumbnail(image: Tensor, spatial_size: Sequence[int]) -> Tensor:
+def thumbnail(image: Tensor, spatial_size: Sequence[int], size: int = THUMBNAIL_SIZE) -> Tensor:
     """Means over blocks of a scan on the grid, in 256 steps.
 
     Args:
         image: ``(1, h, w, d)`` in [0, 1]; padded or cropped around its centre to the grid, as contexts are.
         spatial_size: the grid, three voxel counts.
+        size: voxels along each axis, fewer if the grid has fewer.
 
     Returns:
-        ``(16, 16, 16)`` uint8 in host memory.
+        ``(size, size, size)`` uint8 in host memory.
     """
     on_grid = ResizeWithPadOrCrop(spatial_size)(torch.as_tensor(image).float())
-    sizes = [min(THUMBNAIL_SIZE, size) for size in spatial_size]
+    sizes = [min(size, voxels) for voxels in spatial_size]
     small = torch.nn.functional.adaptive_avg_pool3d(torch.as_tensor(on_grid)[None], sizes)[0, 0]
     return (small.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 

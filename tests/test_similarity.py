@@ -33,6 +33,13 @@ def test_a_context_itself_is_most_similar(contexts):
     assert contexts(scan(3)).similarity == pytest.approx(1, abs=1e-5)
 
 
+def test_similarity_is_the_correlation_at_low_resolution():
+    first, second = scan(1), torch.roll(scan(2), 3, dims=2)
+    low = [image.reshape(12, 2, 12, 2, 12, 2).mean((1, 3, 5)).flatten() for image in (first, second)]
+    expected = float(torch.corrcoef(torch.stack(low))[0, 1])
+    assert ContextSimilarity(first[None])(second).similarity == pytest.approx(expected, abs=1e-3) and expected < 0.9
+
+
 def test_another_layout(contexts):
     similarity, unlike = contexts(torch.roll(scan(20), 8, dims=1))
     assert similarity < 0.8 and "layout" in unlike

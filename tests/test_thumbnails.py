@@ -16,6 +16,7 @@ def test_a_thumbnail_is_of_block_means():
     blocks = image.reshape(16, 2, 16, 3, 16, 1).mean((1, 3, 5))
     torch.testing.assert_close(small.float() / 255, blocks, atol=0.5 / 255 + 1e-6, rtol=0)
     assert thumbnail(torch.rand(1, 8, 8, 8), (8, 8, 8)).shape == (8, 8, 8)
+    assert thumbnail(image, (32, 48, 16), 4).float().mean() / 255 == pytest.approx(float(image.mean()), abs=1e-2)
 
 
 @pytest.mark.parametrize("size", [(10, 40, 21), (32, 32, 32)])

@@ -1,0 +1,90 @@
+"""The tutorial as a user does it: all of its commands, in order, in a folder of their own."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+TEXT = Path("docs/tutorial.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+NEW = [f"synthetic900_{number:02d}" for number in range(5, 10)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """The folder after all commands were run; on the way each ended with status 0."""
+    folder = tmp_path_factory.mktemp("a user's copy")
+    for name in ("configs", "scripts"):
+        (folder / name).symlink_to(Path(name).resolve())
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    environment = os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
+    for language, block in BLOCKS:
+        command = ["bash", "-euo", "pipefail", "-c", block] if language == "bash" else [sys.executable, "-c", block]
+        result = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        print(result.stdout, result.stderr, sep="\n")  # shown if a test fails
+        assert result.returncode == 0, block
+    return folder
+
+
+def mask_of(path):
+    return np.asarray(nib.load(path).dataobj) > 0
+
+
+def dice(first, second):
+    return 2 * (first & second).sum() / (first.sum() + second.sum())
+
+
+def test_the_blocks_are_those_that_are_meant_to_be_run():
+    assert [language for language, _ in BLOCKS] == ["bash"] * 6 + ["python"]
+    assert TEXT.count("```bash") + TEXT.count("```python") == len(BLOCKS)
+
+
+def test_every_file_that_is_named_is_there(place):
+    named = set(re.findall(r"`(tutorial/[\w/.]+)`", TEXT))
+    assert len(named) >= 6 and not [name for name in named if not (place / name).exists()]
+
+
+def test_every_new_scan_has_a_mask_a_picture_and_a_volume(place):
+    answers = place / "tutorial" / "answers"
+    rows = list(csv.DictReader((answers / "volumes.csv").open()))
+    assert [row["case"] for row in rows] == NEW == sorted(p.name[:-7] for p in answers.glob("*.nii.gz"))
+    for row in rows:
+        scan = nib.load(place / "tutorial" / "new" / "imagesTs" / f"{row['case']}_0000.nii.gz")
+        answer = nib.load(answers / f"{row['case']}.nii.gz")
+        assert answer.shape == scan.shape and np.array_equal(answer.affine, scan.affine)
+        assert mask_of(answers / f"{row['case']}.nii.gz").sum() * 8 == pytest.approx(float(row["volume_mm3"])) > 0
+        assert (answers / f"{row['case']}.png").stat().st_size > 1000
+
+
+def test_the_masks_are_better_than_the_examples_labels_alone(place):
+    """The floor is the Dice of the labels' majority, for which nobody has to look at an image."""
+    folder = place / "tutorial"
+    rows = list(csv.DictReader((folder / "scores" / "metrics.csv").open()))
+    assert [row["case"] for row in rows] == NEW
+    majority = np.mean([mask_of(path) for path in (folder / "examples" / "labelsTr").iterdir()], axis=0) > 0.5
+    blind = np.mean([dice(majority, mask_of(folder / "held_out" / f"{name}.nii.gz")) for name in NEW])
+    assert np.mean([float(row["dice"]) for row in rows]) > blind + 0.05
+
+
+def test_the_expected_dice_is_about_the_real_one(place):
+    folder = place / "tutorial"
+    report = json.loads((folder / "answers" / "report.json").read_text())
+    assert len(report["self_test"]["contexts"]) == 5 and not report["failed"]
+    expected = [report["cases"][name]["expected_dice"]["1"] for name in NEW]
+    real = [float(row["dice"]) for row in csv.DictReader((folder / "scores" / "metrics.csv").open())]
+    assert abs(np.mean(expected) - np.mean(real)) < 0.15
+
+
+def test_python_answers_the_same_in_every_way(place):
+    folder = place / "tutorial"
+    mask = mask_of(folder / "python" / "mask.nii.gz")
+    assert dice(mask, mask_of(folder / "answers" / f"{NEW[0]}.nii.gz")) > 0.9  # that one is of an ensemble

@@ -1,8 +1,8 @@
 """The residual unit with a backward pass of its own, for training on a CPU.
 
 The gradient of a 3³ convolution with respect to its input is a 3³ convolution too, so forward and backward both
-take the row-by-row way of :mod:`scripts.networks.streamed`. Only what comes before each GELU is kept: the GELU is
-computed again in the backward pass, which is quicker than fetching it from memory.
+take the row-by-row way of :mod:`scripts.networks.streamed`, and so does that of the weights. Only what comes before
+each GELU is kept: the GELU is computed again in the backward pass, which is quicker than fetching it from memory.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scripts.networks import streamed
+from scripts.networks.winograd import winograd_weight_gradient
 
 
 class ResidualGradient(torch.autograd.Function):
@@ -39,16 +40,17 @@ class ResidualGradient(torch.autograd.Function):
         of_total, of_parameters = gradient, []
         for index in reversed(range(count)):
             weight = weights[index]
-            entered = torch.nn.functional.gelu(before[index]) if index else before[0]
-            _, of_weight, of_bias = torch.ops.aten.convolution_backward(
-                gradient, entered, weight, [len(weight)], [1] * 3, [1] * 3, [1] * 3, False, [0] * 3, 1,
-                [False, True, True],
-            )  # fmt: skip
-            of_parameters[:0] = [of_weight, of_bias]
-            del entered
+            of_parameters[:0] = [
+                _weight_gradient(before[index], gradient, weight, index > 0),
+                gradient.sum((0, 2, 3, 4)),
+            ]
             if index or ctx.needs_input_grad[0]:
                 gradient = _conv3(gradient, weight.transpose(0, 1).flip(2, 3, 4), None)
-                gradient = torch.ops.aten.gelu_backward(gradient, before[index]) if index else gradient.add_(of_total)
+            if index:
+                slab = streamed.rows_of(gradient)
+                torch.ops.aten.gelu_backward.grad_input(slab, streamed.rows_of(before[index]), grad_input=slab)
+            elif ctx.needs_input_grad[0]:
+                gradient.add_(of_total)
         return gradient if ctx.needs_input_grad[0] else None, *of_parameters
 
 
@@ -56,10 +58,33 @@ def _conv3(x: Tensor, weight: Tensor, bias: Tensor | None, activate: bool = Fals
     """3³ convolution of a whole map."""
     size: Sequence[int] = x.shape[2:]
     step = streamed.slab_rows(len(x), max(weight.shape[:2]), size)
-    read = streamed.reader(x)
-    slabs = (read(a, min(a + step, size[0])) for a in range(0, size[0], step))
+    slabs = streamed.slabs_of(streamed.reader(x), size[0], step)
     result, a = streamed.empty_map(len(x), len(weight), size, x.dtype), 0
     for slab in streamed.conv_rows(slabs, weight, bias, size, step, activate):
         streamed.rows_of(result)[:, a : a + slab.shape[1]] = slab
         a += slab.shape[1]
     return result
+
+
+def _weight_gradient(before: Tensor, gradient: Tensor, weight: Tensor, activated: bool) -> Tensor:
+    """Gradient of a 3³ convolution's weight.
+
+    Args:
+        before: what was convolved ``(N, C, H, W, D)``, or what its GELU was taken of.
+        gradient: of the result, ``(N, K, H, W, D)``.
+        weight: ``(K, C, 3, 3, 3)``.
+        activated: whether a GELU came before the convolution.
+    """
+    count, size = len(before), before.shape[2:]
+    if not streamed.winograd_pays(weight, count, size):
+        entered = torch.nn.functional.gelu(before) if activated else before
+        return torch.ops.aten.convolution_backward(
+            gradient, entered, weight, [len(weight)], [1] * 3, [1] * 3, [1] * 3, False, [0] * 3, 1,
+            [False, True, False],
+        )[1]  # fmt: skip
+    step = streamed.slab_rows(count, max(weight.shape[:2]), size, 2 * streamed.SLAB_BYTES)
+    slabs, total, a = streamed.slabs_of(streamed.reader(before), size[0], step), 0, 0
+    for piece in streamed.padded_rows(slabs, size[0], step, activated):
+        b = a + piece.shape[1] - 2
+        total, a = winograd_weight_gradient(piece, streamed.rows_of(gradient)[:, a:b]) + total, b
+    return total

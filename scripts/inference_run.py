@@ -46,6 +46,7 @@ _FOLDER_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 """What is wrong with the output folder rather than with a case."""
 _TEMPORARY = re.compile(r"\.(?P<case>.+)\.(?:nii\.gz|png)\.[^.]+(?:\.nii\.gz)?")
 _REASON_LENGTH = 300
+_SETTINGS = ("overlap", "mini_context_size", "amp", "refine")
 
 
 class InferenceRun(Sequence[Case]):
@@ -153,7 +154,7 @@ class InferenceRun(Sequence[Case]):
             "warnings": context.warnings(self.inferer.label_values),
             "spacing_mm": context.preprocessing.spacing_mm,
             "weights": {"file": str(self.checkpoint), "sha256": weights},
-            "settings": {name: getattr(self.inferer, name) for name in ("overlap", "mini_context_size", "amp")},
+            "settings": {name: getattr(self.inferer, name) for name in _SETTINGS},
             "device": _device_name(self.inferer.device),
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
             "targets": len(targets),
@@ -330,6 +331,7 @@ class InferenceRun(Sequence[Case]):
             inferer.overlap,
             inferer.amp,
             self.confidence.settings if self.confidence else None,
+            *(["refine"] if inferer.refine else []),
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -361,6 +363,7 @@ class InferenceRun(Sequence[Case]):
             "contexts": {str(value): names for value, names in self.inferer.used.items()},
             "volumes_mm3": self._volumes(answer),
             "warnings": warnings,
+            **({"refined": {str(v): done for v, done in self.inferer.refined.items()}} if self.inferer.refine else {}),
             **(self.confidence.found if self.confidence else {}),
         }
         self._note(target["case"])

@@ -21,6 +21,7 @@ from torch import Tensor
 from scripts.checkpoint import load_network
 from scripts.context_source import gather_contexts
 from scripts.contexts import ContextSet
+from scripts.data.preprocessing import FinerScores
 from scripts.data.volumes import (
     CONSTANT,
     NIFTI_SPACE,
@@ -32,12 +33,17 @@ from scripts.data.volumes import (
 )
 from scripts.distributed import usable_device
 from scripts.engine import MASK_THRESHOLD
+from scripts.memory import free_memory
 from scripts.networks import Neuroverse3D
-from scripts.passes import Passes
+from scripts.passes import CACHE_SHARE, Passes
+from scripts.refinement import Refinement
 
 logger = logging.getLogger(__name__)
 
 _DIGEST = "image_digest"
+
+FINER = "finer"
+"""Key of finer scores in a case's data."""
 
 Volume = str | Path | np.ndarray | Tensor | MetaTensor | tuple[np.ndarray, np.ndarray]
 
@@ -60,6 +66,7 @@ class ICLInferer(Inferer):
         spacing: isotropic voxel size of the grid in mm for :meth:`set_context`; None fits the contexts.
         overlap: of neighbouring windows, part of the grid.
         amp: bfloat16 autocast.
+        refine: look at each label again at finer voxels where it was found (:class:`Refinement`); segmentation only.
     """
 
     def __init__(
@@ -74,9 +81,12 @@ class ICLInferer(Inferer):
         spacing: float | None = None,
         overlap: float = 0.25,
         amp: bool = False,
+        refine: bool = False,
     ) -> None:
         if task not in ("segmentation", "generation"):
             raise ValueError(f"--task must be segmentation or generation, got {task!r}")
+        if refine and task == "generation":
+            raise ValueError("--refine true is for segmentation: an image-to-image task has no label to look closer at")
         self.device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         network = load_network(network) if isinstance(network, (str, Path)) else network
         self.network = network.to(self.device, memory_format=torch.channels_last_3d).eval()
@@ -87,12 +97,18 @@ class ICLInferer(Inferer):
         self.spacing = spacing
         self.overlap = overlap
         self.amp = amp
+        self.refine = refine
         self.used: dict[int, list[str]] = {}
         """Names of the contexts of the last prediction, by label."""
+        self.refined: dict[int, dict[str, Any]] = {}
+        """With ``refine``: what was done to each label of the last answer, see :attr:`Refinement.found`."""
         self.on_label: Callable[[int, int, int], None] | None = None
         """Called with label, labels done and labels in all after every label of a prediction, in every window."""
         self._context = context
         self._passes: Passes | None = None
+        self._refinement: Refinement | None = None
+        self._used_for: str | None = None
+        self._scan: tuple[str, MetaTensor] | None = None
 
     @property
     def context(self) -> ContextSet:
@@ -172,9 +188,15 @@ class ICLInferer(Inferer):
         return self.answer(scores[0].cpu(), target)
 
     def to_grid(self, volume: MetaTensor) -> MetaTensor:
-        """Bring a target ``(1, H, W, D)`` to the context set's spacing; it remembers which image it was."""
+        """Bring a target ``(1, H, W, D)`` to the context set's spacing; it remembers which image it was.
+
+        With ``refine`` the image is kept until :meth:`finer`, or the next target.
+        """
+        self._scan = None
         target = self.context.preprocessing.target(volume)
         target.meta[_DIGEST] = volume_digest(volume)
+        if self.refine:
+            self._scan = target.meta[_DIGEST], volume
         return target
 
     def __call__(
@@ -200,6 +222,7 @@ class ICLInferer(Inferer):
         context = self.context
         members = self._members(inputs, among)
         self.used = {value: [context.names[i] for i in chosen] for value, chosen in members.items()}
+        self._used_for = _digest_of(inputs)
 
         def scores_of(window: Tensor) -> Tensor:
             if isinstance(network, Neuroverse3D):
@@ -222,23 +245,65 @@ class ICLInferer(Inferer):
             plain = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
             return sliding_window_inference(plain, grid, 1, scores_of, self.overlap, mode="gaussian")
 
-    def answer(self, scores: Tensor, target: MetaTensor) -> MetaTensor:
+    def finer(self, scores: Tensor, target: MetaTensor) -> dict[int, FinerScores]:
+        """Look again at finer voxels, with the same contexts; what was done is then in :attr:`refined`.
+
+        Args:
+            scores: ``(K, h, w, d)``.
+            target: as made last by :meth:`to_grid`, whose scan is let go of.
+
+        Returns:
+            By label, where it gains by it.
+
+        Raises:
+            ValueError: the scan is not at hand.
+        """
+        (kept, scan), self._scan = self._scan or (None, None), None
+        if scan is None or kept != _digest_of(target):
+            raise ValueError("refine needs the target's scan: call to_grid, the prediction and finer or answer in turn")
+        context = self.context
+        if self._used_for == kept:
+            members = {value: [context.names.index(name) for name in self.used[value]] for value in self.label_values}
+        else:
+            members = self._members(target, None)
+        if self._refinement is None or self._refinement.context is not context:
+            free = free_memory(torch.device("cpu"))
+            budget = CACHE_SHARE * free if self.cache_mb is None else self.cache_mb * 2**20
+            self._refinement = Refinement(context, int(budget))
+        found = self._refinement(dict(zip(self.label_values, scores, strict=True)), target, scan, members, self._look)
+        self.refined = self._refinement.found
+        return found
+
+    def answer(self, scores: Tensor, target: MetaTensor, finer: Mapping[int, FinerScores] | None = None) -> MetaTensor:
         """Scores on the grid -> answer in the target's own space.
 
         Args:
             scores: ``(K, h, w, d)``.
             target: the preprocessed target ``(1, h, w, d)``, with its operations recorded.
+            finer: from :meth:`finer`; with ``refine``, None calls it.
 
         Returns:
             As :meth:`predict`.
         """
         preprocessing = self.context.preprocessing
         if self.task == "segmentation":
-            return preprocessing.to_native_labels(scores, target, self.label_values, MASK_THRESHOLD)
+            finer = self.finer(scores, target) if self.refine and finer is None else finer
+            return preprocessing.to_native_labels(scores, target, self.label_values, MASK_THRESHOLD, finer)
         low, high = self.context.output_range
         native = preprocessing.to_native(scores.clamp(0, 1), target)
         native.as_tensor().mul_(high - low).add_(low)  # in place: at native resolution a copy is another scan
         return native
+
+    def _look(self, image: Tensor, images: Tensor, masks: Tensor) -> Tensor:
+        """Scores ``(h, w, d)`` of an image ``(1, h, w, d)`` for one label; contexts are ``(L, 1, *grid)``."""
+        planned = self._passes.mini_context_size if self._passes else self.mini_context_size
+
+        def score_of(window: Tensor) -> Tensor:
+            return self.network(window, images[None], masks[None], mini_context_size=planned or 1).float()
+
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            grid, window = images.shape[2:], image[None].to(self.device)
+            return sliding_window_inference(window, grid, 1, score_of, self.overlap, mode="gaussian")[0, 0].cpu()
 
     def _passes_of(self, network: Neuroverse3D, context: ContextSet) -> Passes:
         if self._passes is None or self._passes.network is not network or self._passes.context is not context:
@@ -249,8 +314,7 @@ class ICLInferer(Inferer):
         """Numbers of the contexts to use, by label; none where the target is the only one that has it."""
         context = self.context
         similarity = context.similarity(inputs) if context.chooses else None
-        digest = inputs.meta.get(_DIGEST) if isinstance(inputs, MetaTensor) else None
-        digest = digest[0] if isinstance(digest, (list, tuple)) else digest  # of a batch
+        digest = _digest_of(inputs)
         itself = context.same_image(digest) if digest else []
         members = {}
         for value in self.label_values:
@@ -265,6 +329,12 @@ class ICLInferer(Inferer):
                 shown = ", ".join(f"{context.names[i]} ({similarity[i]:.2f})" for i in chosen)
                 logger.info("most similar contexts for label %s: %s", served, shown)
         return members
+
+
+def _digest_of(target: Tensor) -> str | None:
+    """Which scan a target was made from."""
+    digest = target.meta.get(_DIGEST) if isinstance(target, MetaTensor) else None
+    return digest[0] if isinstance(digest, (list, tuple)) else digest  # of a batch
 
 
 def as_volume(source: Volume) -> MetaTensor:
@@ -309,6 +379,25 @@ class ToGridd(MapTransform):
         return {**data, **{key: self.inferer.to_grid(data[key]) for key in self.keys}}
 
 
+class RefineScoresd(MapTransform):
+    """Adds finer scores under ``finer`` (``ICLInferer.finer``), for the transforms behind it.
+
+    Args:
+        keys: the scores, one key.
+        inferer: the predictor that made them.
+        image_key: the preprocessed target.
+    """
+
+    def __init__(self, keys: Hashable, inferer: ICLInferer, image_key: str = "image") -> None:
+        super().__init__(keys)
+        self.inferer = inferer
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """``(K, h, w, d)`` -> by label :class:`FinerScores`."""
+        return {**data, FINER: self.inferer.finer(data[self.keys[0]].cpu(), data[self.image_key].cpu())}
+
+
 class ToAnswerd(MapTransform):
     """Brings scores back to the target's own space (``ICLInferer.answer``).
 
@@ -329,7 +418,7 @@ class ToAnswerd(MapTransform):
         """Each key: ``(K, h, w, d)`` -> ``(1, H, W, D)``."""
         answers = {}
         for key in self.keys:
-            answer = self.inferer.answer(data[key].cpu(), data[self.image_key].cpu())
+            answer = self.inferer.answer(data[key].cpu(), data[self.image_key].cpu(), data.get(FINER))
             source = data[self.image_key].meta.get("filename_or_obj", "")
             answer.meta["filename_or_obj"] = f"{data[self.name_key]}.nii.gz" if self.name_key in data else source
             answers[key] = answer

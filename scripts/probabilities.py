@@ -9,7 +9,7 @@ from typing import Any
 
 from monai.transforms import MapTransform
 
-from scripts.inferer import ICLInferer
+from scripts.inferer import FINER, ICLInferer
 from scripts.native_nifti import save_native
 
 STEPS = 1024
@@ -58,7 +58,7 @@ class SaveProbabilitiesd(MapTransform):
         folder, target = probability_folder(self.output_dir, data[self.name_key]), data[self.image_key].cpu()
         for key in self.keys:
             for channel, value in enumerate(self.inferer.label_values):
-                scores = data[key][channel : channel + 1].cpu()
-                native = self.inferer.context.preprocessing.to_native(scores, target, order=3)  # as the mask is made
+                scores, finer = data[key][channel : channel + 1].cpu(), [data.get(FINER, {}).get(value)]
+                native = self.inferer.context.preprocessing.to_native(scores, target, 3, finer)  # as the mask is made
                 save_native((native.clamp(0, 1) * STEPS).round() / STEPS, folder / f"label_{value}.nii.gz")
         return dict(data)

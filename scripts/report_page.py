@@ -219,6 +219,7 @@ def _case_table(cases: list[tuple[str, Mapping[str, Any]]], labels: list[str], f
             ("mm³", "volumes_mm3", _number),
             ("expected Dice", "expected_dice", _dice),
             ("agreement", "agreement", _dice),
+            ("refined at mm", "refined", _refined),
         )
         if any(entry.get(key) for _, entry in shown)
     ]
@@ -300,6 +301,15 @@ def _chip(label: str) -> Element:
 
 def _dice(value: float | None) -> Element:
     return _tag("td", _decimal(value), cls="low" if value is not None and value < LOW_DICE else None)
+
+
+def _refined(done: Mapping[str, Any] | None) -> Element:
+    """Voxel size of a label's second pass, or why there was none."""
+    done = done or {}
+    cell = _tag("td", f"{done['spacing_mm']:.2f}" if "spacing_mm" in done else "–")
+    if "kept" in done:
+        cell.set("title", f"stays as it is: {done['kept']}")
+    return cell
 
 
 def _decimal(value: float | None) -> str:

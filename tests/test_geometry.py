@@ -233,6 +233,54 @@ def test_a_reoriented_file_gives_the_reoriented_answer(tmp_path, kind):
         assert np.array_equal(answer[0].numpy(), oriented(expected, affine, orientation)[0])
 
 
+class Bright(Grid):
+    """Answers what is bright in the target."""
+
+    grid = torch.tensor([16, 20, 16])
+
+    def forward(self, target_in, context_in, context_out, mini_context_size):
+        return target_in.clone()
+
+
+@pytest.mark.parametrize("kind", ["sform", "45 degrees", "thick slices"])
+def test_a_reoriented_file_gives_the_reoriented_answer_after_a_second_pass(kind):
+    rotation = (0, 0, np.pi / 4) if kind == "45 degrees" else (0.2, 0.3, -0.1)
+    zooms = (0.9375, 0.9375, 2.5) if kind == "thick slices" else (0.7324219, 1.015625, 1.2)
+    shape = (37, 34, 17) if kind == "thick slices" else (37, 34, 32)
+    affine = affine_of(zooms, rotation, (-93.7, 11.3, 45.1))
+    centres = {3: (22, 14, shape[2] // 3), 7: (11, 23, shape[2] // 2 + 2)}
+    distance = {
+        value: np.linalg.norm((np.moveaxis(np.indices(shape), 0, -1) - centre) * zooms, axis=-1)
+        for value, centre in centres.items()
+    }
+    label = sum(value * (far < 4) for value, far in distance.items())
+    voxels = smooth(shape) / 8 + 800 * (label > 0)
+    made = ICLInferer(Bright(), device="cpu", refine=True, spacing=2.9)
+    made.set_context([as_volume(voxels, affine)] * 2, [as_volume(label * (label == v), affine) for v in VALUES])
+    scan = voxels + smooth(shape, seed=1) / 8  # else it is its own context
+    expected = None
+    for orientation in ORIENTATIONS[::5]:
+        stored, stored_affine = oriented(scan.astype(np.float32), affine, orientation)
+        target = made.to_grid(as_volume(stored, stored_affine))
+        places = nib.affines.apply_affine(target.affine.numpy(), np.moveaxis(np.indices(target.shape[1:]), 0, -1))
+        far = [
+            np.linalg.norm(places - nib.affines.apply_affine(affine, centre), axis=-1) for centre in centres.values()
+        ]
+        bright, first_is_nearer = target.as_tensor()[0] > 0.5, torch.as_tensor(far[0] < far[1])
+        scores = torch.stack([bright & first_is_nearer, bright & ~first_is_nearer]).float()
+        first, answer = made.answer(scores, target, {})[0].numpy(), made.answer(scores, target)[0].numpy()
+        if expected is None:  # the first orientation changes nothing
+            expected, refined = answer, made.refined
+            assert all(done["spacing_mm"] < 0.8 * 2.9 for done in refined.values()) and (first != answer).any()
+            assert all(0.003 < (expected == value).mean() < 0.5 for value in VALUES)
+        assert answer.shape == stored.shape
+        assert np.array_equal(answer, oriented(expected, affine, orientation)[0])
+        for value, done in made.refined.items():
+            assert done["spacing_mm"] == refined[value]["spacing_mm"]
+            assert done["region_mm"] == pytest.approx(refined[value]["region_mm"], abs=0.11)
+            assert done["centre_mm"] == pytest.approx(refined[value]["centre_mm"], abs=0.11)
+
+
 @pytest.mark.parametrize("rotation", [(0, 0, np.pi / 4), (np.pi / 4, 0, 0), (0.6, 0.6, 0.6), (0, -np.pi / 4, 0)])
 def test_axes_are_told_apart_alike_for_every_orientation(rotation):
     affine = affine_of((1, 1, 1), rotation)

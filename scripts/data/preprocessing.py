@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,22 @@ _TOUCHING = 0.05
 
 _SOURCE_AFFINE = "source_affine"
 _GRID_AXES = "grid_axes"
+
+Box = Sequence[tuple[int, int]]
+"""First and one past the last voxel along each array axis."""
+
+
+@dataclass(frozen=True)
+class FinerScores:
+    """One label's scores on a finer grid over a part of a target.
+
+    Attributes:
+        scores: ``(h, w, d)``.
+        target: ``(1, h, w, d)``, from :meth:`Preprocessing.target` for a box of the scan.
+    """
+
+    scores: Tensor
+    target: MetaTensor
 
 
 def least_score(rival: Tensor, threshold: float) -> Tensor:
@@ -107,7 +124,7 @@ class Preprocessing:
         """Text that changes whenever the result would."""
         return json.dumps(["v2", self.spatial_size, round(self.spacing_mm, 6), PERCENTILES])
 
-    def target(self, image: MetaTensor) -> MetaTensor:
+    def target(self, image: MetaTensor, box: Box | None = None) -> MetaTensor:
         """Orient, crop, resample and scale one image, and pad it where it is smaller than the grid.
 
         It is not cropped where it is larger. Padding is part of the result, for the network's answer in it counts: a
@@ -115,12 +132,13 @@ class Preprocessing:
 
         Args:
             image: ``(1, H, W, D)`` with the affine of its own space.
+            box: what to crop to instead of the foreground box.
 
         Returns:
             ``(1, h, w, d)`` float32 in [0, 1], at least as large as the grid, with its place in the image noted for
             :meth:`to_native`.
         """
-        axes, counts = self._lay_grid(image)
+        axes, counts = self._lay_grid(image, box=box)
         voxels = self._intensity(sample_linear(image[0].as_tensor(), axes, counts)[None])
         axes = [
             GridAxis(a.axis, a.flipped, a.size, a.start, a.step, before=max(size - count, 0) // 2)
@@ -130,17 +148,18 @@ class Preprocessing:
         meta = _without_affine(image.meta) | {_SOURCE_AFFINE: affine, _GRID_AXES: _as_array(axes)}
         return MetaTensor(self._pad(voxels).as_tensor(), affine=torch.as_tensor(grid_affine(affine, axes)), meta=meta)
 
-    def pair(self, image: MetaTensor, label: MetaTensor) -> tuple[Tensor, Tensor]:
+    def pair(self, image: MetaTensor, label: MetaTensor, box: Box | None = None) -> tuple[Tensor, Tensor]:
         """A labelled case on the network's grid.
 
         Args:
             image: ``(1, H, W, D)``.
             label: ``(1, H, W, D)``, label numbers.
+            box: what to crop to instead of the foreground box.
 
         Returns:
             Image in [0, 1] (float32) and label numbers (uint8 or int32), each ``(1, *spatial_size)``.
         """
-        axes, counts = self._lay_grid(image, label)
+        axes, counts = self._lay_grid(image, label, box)
         voxels = self._intensity(sample_linear(image[0].as_tensor(), axes, counts)[None])
         numbers = sample_labels(label[0].as_tensor(), axes, counts)[None].round()
         numbers = numbers.to(torch.uint8 if numbers.max() < 256 else torch.int32)
@@ -179,13 +198,17 @@ class Preprocessing:
         low, high = (percentile(output, q) for q in PERCENTILES)
         return float(low), float(high)
 
-    def to_native(self, scores: Tensor, target: MetaTensor, order: int = 1) -> MetaTensor:
+    def to_native(
+        self, scores: Tensor, target: MetaTensor, order: int = 1, finer: Sequence[FinerScores | None] = ()
+    ) -> MetaTensor:
         """Bring scores on a preprocessed target's voxels back to the target's own space.
 
         Args:
             scores: ``(K, h, w, d)`` on the voxels of ``target``.
             target: from :meth:`target`.
             order: of the splines, 1 (trilinear) or 3 (cubic, as :meth:`to_native_labels` has it).
+            finer: scores that take the place of the others where they reach, None for a channel without; of none if
+                empty.
 
         Returns:
             ``(K, H, W, D)`` float32, 0 outside the grid, with the source's affine and meta data. For label numbers,
@@ -194,16 +217,22 @@ class Preprocessing:
         Raises:
             ValueError: scores of other voxels than the target's.
         """
-        slabs = _slabs_of(scores, target, order)
-        native = np.zeros((len(scores), *slabs.shape), np.float32)
-        for score, result in zip(scores, native, strict=True):
-            score = spline_coefficients(score) if order == 3 else score
-            for part in slabs:
-                slabs.put(slabs.interpolate(score, part), part, result)
+        shape = _slabs_of(scores[0], target, order).shape
+        native = np.zeros((len(scores), *shape), np.float32)
+        for score, fine, result in zip(scores, finer or [None] * len(scores), native, strict=True):
+            for one, its_target in [(score, target), *([(fine.scores, fine.target)] if fine else [])]:
+                slabs, spline = _slabs_of(one, its_target, order), spline_coefficients(one) if order == 3 else one
+                for part in slabs:
+                    slabs.put(slabs.interpolate(spline, part), part, result)
         return _in_source_space(torch.from_numpy(native), target)
 
     def to_native_labels(
-        self, scores: Tensor, target: MetaTensor, values: Sequence[int], threshold: float
+        self,
+        scores: Tensor,
+        target: MetaTensor,
+        values: Sequence[int],
+        threshold: float,
+        finer: Mapping[int, FinerScores] | None = None,
     ) -> MetaTensor:
         """Bring scores back to the target's own space and give each voxel the label with the highest one.
 
@@ -215,6 +244,7 @@ class Preprocessing:
             target: from :meth:`target`.
             values: K label numbers.
             threshold: of a label on its own.
+            finer: by label number, scores that take the place of the others where they reach.
 
         Returns:
             ``(1, H, W, D)`` uint8 (int16 or int32 where the numbers need it), with the source's affine and meta data.
@@ -226,18 +256,16 @@ class Preprocessing:
         if len(values) != len(scores):
             raise ValueError(f"need one score per label, got {len(scores)} for {len(values)} labels")
         smallest = next(t for t in (np.uint8, np.int16, np.int32) if max(values) <= np.iinfo(t).max)
-        slabs = _slabs_of(scores, target, order=3)
-        splines = [spline_coefficients(score) for score in scores]
-        counting = [spline > _TOUCHING for spline in splines]
+        slabs = _slabs_of(scores[0], target, order=3)
+        labels = [_LabelScores(slabs, score, (finer or {}).get(v)) for score, v in zip(scores, values, strict=True)]
         native = np.zeros(slabs.shape, smallest)
         for part in slabs:
             number = torch.zeros(slabs.shape_of(part), dtype=torch.int32)
             best, second = torch.zeros(number.shape), torch.zeros(number.shape)
-            for spline, high, value in zip(splines, counting, values, strict=True):
-                region = slabs.region(high, part)
+            for label, value in zip(labels, values, strict=True):
+                region, score = label.on(part)
                 if region is None:
                     continue
-                score = slabs.interpolate(spline, part, region)
                 number[region].masked_fill_(score > best[region], value)
                 second[region] = torch.maximum(second[region], torch.minimum(best[region], score))
                 best[region] = torch.maximum(best[region], score)
@@ -245,12 +273,12 @@ class Preprocessing:
             slabs.put(number, part, native)
         return _in_source_space(torch.from_numpy(native)[None], target)
 
-    def _lay_grid(self, image: MetaTensor, label: MetaTensor | None = None) -> tuple[list[GridAxis], list[int]]:
-        data = {"image": image.as_tensor()} | ({} if label is None else {"label": label.as_tensor()})
-        mask = ForegroundMask()(data)["foreground"][0]
-        flat, side = mask.any(2), mask.any(1)  # (MONAI's bounding box needs eight times the mask's memory)
-        hits = [hit.nonzero() for hit in (flat.any(1), flat.any(0), side.any(0))]
-        box = [(int(hit[0]), int(hit[-1]) + 1) for hit in hits]
+    def _lay_grid(
+        self, image: MetaTensor, label: MetaTensor | None = None, box: Box | None = None
+    ) -> tuple[list[GridAxis], list[int]]:
+        if box is None:
+            data = {"image": image.as_tensor()} | ({} if label is None else {"label": label.as_tensor()})
+            box = bounding_box(ForegroundMask()(data)["foreground"][0])
         return grid_axes(np.asarray(image.affine, dtype=float), image.shape[1:], box, self.spacing_mm)
 
     def _on_one_box(self, image: MetaTensor, output: MetaTensor) -> list[Tensor]:
@@ -266,17 +294,68 @@ def _as_array(axes: Sequence[GridAxis]) -> np.ndarray:
     return np.array([[a.axis, a.flipped, a.size, a.start, a.step, a.before] for a in axes], dtype=np.float64)
 
 
-def _slabs_of(scores: Tensor, target: MetaTensor, order: int) -> ScanSlabs:
+def bounding_box(mask: Tensor) -> list[tuple[int, int]]:
+    """Box of the true voxels of a mask ``(H, W, D)`` that has some; MONAI's needs eight times the mask's memory."""
+    flat, side = mask.any(2), mask.any(1)
+    hits = [hit.nonzero() for hit in (flat.any(1), flat.any(0), side.any(0))]
+    return [(int(hit[0]), int(hit[-1]) + 1) for hit in hits]
+
+
+def target_axes(target: MetaTensor) -> list[GridAxis]:
+    """Where a target ``(1, h, w, d)`` lies in its scan: its axes R, A, S.
+
+    Raises:
+        ValueError: it does not come from :meth:`Preprocessing.target`.
+    """
     if _GRID_AXES not in target.meta:
         raise ValueError("the target does not come from Preprocessing.target: its own space is not known")
-    if scores.shape[1:] != target.shape[1:]:
-        raise ValueError(f"scores of {tuple(scores.shape[1:])} voxels do not fit a target of {tuple(target.shape[1:])}")
     rows = np.asarray(target.meta[_GRID_AXES], dtype=np.float64).reshape(3, 6)
-    axes = [
+    return [
         GridAxis(int(axis), bool(flipped), int(size), int(start), float(step), int(before))
         for axis, flipped, size, start, step, before in rows
     ]
+
+
+def _slabs_of(score: Tensor, target: MetaTensor, order: int) -> ScanSlabs:
+    axes = target_axes(target)
+    if score.shape != target.shape[1:]:
+        raise ValueError(f"scores of {tuple(score.shape)} voxels do not fit a target of {tuple(target.shape[1:])}")
     return ScanSlabs(axes, target.shape[1:], order)
+
+
+class _LabelScores:
+    """One label's cubic spline on a scan's voxels, slab by slab, and the finer one's where there is one.
+
+    Args:
+        slabs: of the target.
+        score: ``(h, w, d)`` on its voxels.
+        finer: scores that take the place of these where they reach.
+    """
+
+    def __init__(self, slabs: ScanSlabs, score: Tensor, finer: FinerScores | None) -> None:
+        self._slabs = slabs
+        self._spline = spline_coefficients(score)
+        self._counting = self._spline > _TOUCHING
+        self._finer_slabs = _slabs_of(finer.scores, finer.target, order=3) if finer else None
+        self._finer_spline = spline_coefficients(finer.scores) if finer else None
+
+    def on(self, part: slice) -> tuple[tuple[slice, slice, slice] | None, Tensor | None]:
+        """Region of a slab, in RAS order, with all scores that count, and the scores there; None if there are none."""
+        region = self._slabs.region(self._counting, part)
+        places = self._slabs.overlap(self._finer_slabs, part) if self._finer_slabs else None
+        if places is None:
+            return region, None if region is None else self._slabs.interpolate(self._spline, part, region)
+        here, there = places
+        both = here[:2] if region is None else list(map(_hull, here[:2], region[:2]))
+        region = (*both, slice(None))
+        score = self._slabs.interpolate(self._spline, part, region)
+        right, anterior = (slice(a.start - b.start, a.stop - b.start) for a, b in zip(here[:2], both, strict=True))
+        score[right, anterior, here[2]] = self._finer_slabs.interpolate(self._finer_spline, there[2], there)
+        return region, score
+
+
+def _hull(a: slice, b: slice) -> slice:
+    return slice(min(a.start, b.start), max(a.stop, b.stop))
 
 
 def _without_affine(meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -108,6 +108,28 @@ def grid_affine(affine: np.ndarray, axes: Sequence[GridAxis]) -> np.ndarray:
     return np.asarray(affine, dtype=float) @ to_scan
 
 
+def box_about(
+    axes: Sequence[GridAxis], ranges: Sequence[tuple[int, int]], counts: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Box of scan voxels about a region: the region, and around it as much as fills a grid, as far as the scan goes.
+
+    Args:
+        axes: R, A, S; of a grid whose ``step`` is the wanted one.
+        ranges: first and one past the last scan voxel of the region, in RAS direction, along R, A, S.
+        counts: voxels of the grid along them.
+
+    Returns:
+        First and one past the last voxel along each array axis, as :func:`grid_axes` takes it. Its middle is the
+        region's, but where the scan ends.
+    """
+    box = [(0, 0)] * 3
+    for a, (low, high), count in zip(axes, ranges, counts, strict=True):
+        size = min(max(high - low, int((count - 1) * a.step + _GRID_TIE) + 1), a.size)
+        start = min(max((low + high - size) // 2, 0), a.size - size)
+        box[a.axis] = (a.size - start - size, a.size - start) if a.flipped else (start, start + size)
+    return box
+
+
 def sample_linear(scan: Tensor, axes: Sequence[GridAxis], counts: Sequence[int]) -> Tensor:
     """Trilinear values of a scan on an unpadded grid.
 
@@ -241,6 +263,28 @@ class ScanSlabs:
                 return None
             sides.append(slice(int(reached[0]), int(reached[-1]) + 1))
         return sides[0], sides[1], slice(None)
+
+    def overlap(self, other: ScanSlabs, part: slice) -> tuple[list[slice], list[slice]] | None:
+        """Where another grid in the same scan lies in a slab.
+
+        Args:
+            other: the other grid.
+            part: of the S axis of this one.
+
+        Returns:
+            Slices of this grid's slab in RAS order, and of the scan voxels inside the other grid; None if it is
+            elsewhere.
+        """
+        bottom = self._inside[2].start
+        slab = (*self._inside[:2], slice(bottom + part.start, bottom + part.stop))
+        mine, its = [], []
+        for here, there in zip(slab, other._inside, strict=True):
+            low, high = max(here.start, there.start), min(here.stop, there.stop)
+            if low >= high:
+                return None
+            mine.append(slice(low - here.start, high - here.start))
+            its.append(slice(low - there.start, high - there.start))
+        return mine, its
 
     def interpolate(self, grid_map: Tensor, part: slice, region: Sequence[slice] = (slice(None),) * 3) -> Tensor:
         """Values of one map ``(h, w, d)``, or of its spline, on a slab of the scan's voxels or a region of it.

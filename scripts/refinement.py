@@ -211,19 +211,27 @@ class Refinement:
                     room -= crop_bytes
         few = len(missing) <= _READERS_SHOWN
         for number, labels in tqdm(missing.items(), "contexts at finer voxels", leave=False, disable=few):
-            pair = self.context.native(number)
+            image, answer = self.context.native(number)
+            found = ndimage.find_objects(answer[0].to(torch.int32).numpy())
             for value, spacing in labels:
-                self._crops.put((number, value, spacing), self._crop_pair(*pair, value, spacing))
+                box = [(part.start, part.stop) for part in found[value - 1]]
+                self._crops.put((number, value, spacing), self._crop_pair(image, answer, value, spacing, box))
 
     def _crop(self, number: int, value: int, spacing_mm: float) -> Tensor:
         crop = self._crops.get((number, value, spacing_mm))
-        return self._crop_pair(*self.context.native(number), value, spacing_mm) if crop is None else crop
+        if crop is None:
+            image, answer = self.context.native(number)
+            box = bounding_box(answer[0].as_tensor() == value)
+            crop = self._crop_pair(image, answer, value, spacing_mm, box)
+        return crop
 
-    def _crop_pair(self, image: MetaTensor, answer: MetaTensor, value: int, spacing_mm: float) -> Tensor:
-        """Image and mask about a context's label, ``(2, *grid)`` float16."""
+    def _crop_pair(
+        self, image: MetaTensor, answer: MetaTensor, value: int, spacing_mm: float, box: list[tuple[int, int]]
+    ) -> Tensor:
+        """Image and mask about a context's label, which lies in the box: ``(2, *grid)`` float16."""
         mask = MetaTensor((answer.as_tensor() == value).to(torch.uint8), affine=answer.affine)
-        box, affine, fine = bounding_box(mask[0].as_tensor()), np.asarray(image.affine), self._at(spacing_mm)
-        axes, _ = grid_axes(affine, image.shape[1:], box, spacing_mm)
+        axes, _ = grid_axes(np.asarray(image.affine), image.shape[1:], box, spacing_mm)
+        fine = self._at(spacing_mm)
         ranges = [(a.start, a.start + box[a.axis][1] - box[a.axis][0]) for a in axes]
         both = fine.pair(image, mask, box_about(axes, ranges, fine.spatial_size))
         return torch.cat([part.half() for part in both])

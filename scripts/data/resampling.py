@@ -142,17 +142,20 @@ def sample_linear(scan: Tensor, axes: Sequence[GridAxis], counts: Sequence[int])
         ``(*counts)`` float32.
     """
     order = [a.axis for a in axes]
-    right, anterior, superior = (_neighbours(_forward(a, n), a.size) for a, n in zip(axes, counts, strict=True))
+    sides = []
+    for a, count in zip(axes, counts, strict=True):
+        low, high, weight = _neighbours(_forward(a, count), a.size)
+        low, high = a.index(low), a.index(high)
+        first, last = (int(bound) for bound in torch.cat([low, high]).aminmax())
+        scan = scan.narrow(a.axis, first, last + 1 - first)  # a crop is not to cost what the scan does
+        sides.append((low - first, high - first, weight))
+    right, anterior, superior = sides
     result = torch.empty(tuple(counts))
-    per_slice = scan.numel() // axes[2].size
-    for part in _slabs(counts[2], per_slice):
-        slab = [
-            scan.index_select(order[2], axes[2].index(side[part])).permute(order).contiguous().float()
-            for side in superior[:2]
-        ]
+    for part in _slabs(counts[2], scan.numel() // scan.shape[order[2]]):
+        slab = [scan.index_select(order[2], side[part]).permute(order).contiguous().float() for side in superior[:2]]
         slab = torch.lerp(*slab, superior[2][part])
-        for dim, (low, high, weight), a in ((1, anterior, axes[1]), (0, right, axes[0])):
-            slab = _lerp(slab, dim, a.index(low), a.index(high), weight)
+        for dim, side in ((1, anterior), (0, right)):
+            slab = _lerp(slab, dim, *side)
         result[..., part] = slab
     return result
 

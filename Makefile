@@ -25,7 +25,7 @@ bench: $(VENV)/.ready-dev
 
 # The container image; docs/container.md. BUILD gives further arguments, such as --build-arg TORCH=cpu.
 IMAGE ?= neuroverse3d
-ENGINE ?= $(firstword $(shell command -v docker podman) docker)
+ENGINE ?= $(shell command -v podman || echo docker)
 BUILD ?=
 VERSION = $(shell sed -n 's/^    "version": "\(.*\)",/\1/p' configs/metadata.json)
 REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null || echo unknown)

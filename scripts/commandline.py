@@ -22,6 +22,7 @@ from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 from scripts.options import OPTIONS, flag, normalise
+from scripts.stop import exit_on_sigterm
 
 _RUN_ARGUMENTS = set(inspect.signature(__import__("monai.bundle.scripts", fromlist=["run"]).run).parameters) - {
     "override"
@@ -39,6 +40,7 @@ def main(component: Callable | Mapping[str, Callable]) -> None:
 
     debug, arguments = _without_debug(sys.argv[1:])
     install_one_line_errors(debug)
+    exit_on_sigterm()
     function, name = component, Path(sys.argv[0]).stem
     verb = []
     if isinstance(component, Mapping):
@@ -66,6 +68,7 @@ def start() -> None:
     parser = _running_parser()
     if _is_bundle_command_line():
         install_one_line_errors(flag(parser.get("debug", False)))
+        exit_on_sigterm()
         raw = ConfigParser.load_config_files(_config_files(sys.argv))
         refuse_unknown(_override_keys(sys.argv), raw | _tracking_ids(sys.argv))
         if flag(parser.get("help", False)):
@@ -81,6 +84,12 @@ def start() -> None:
 def config_as_run() -> dict[str, Any]:
     """The running workflow's merged configuration, overrides included."""
     return {k: v for k, v in _running_parser().config.items() if k != "_meta_"}
+
+
+def options_as_run() -> dict[str, Any]:
+    """The running workflow's options with their values, expressions worked out."""
+    parser = _running_parser()
+    return {name: parser.get_parsed_content(name) for name in OPTIONS if name in parser.config}
 
 
 def install_one_line_errors(debug: bool) -> None:

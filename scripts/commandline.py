@@ -11,6 +11,7 @@ import difflib
 import inspect
 import logging
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -106,10 +107,18 @@ def install_one_line_errors(debug: bool) -> None:
         root = root_cause(error)
         known = isinstance(root, (ValueError, OSError, ArithmeticError))
         name = "" if known else f"{type(root).__name__}: "
-        hint = "" if known else " (--debug true shows where)"
+        hint = _shared_memory_hint(str(root)) or ("" if known else " (--debug true shows where)")
         print(f"error: {name}{root}{hint}", file=sys.stderr)
 
     sys.excepthook = report
+
+
+def _shared_memory_hint(message: str) -> str:
+    """What to do where loading processes ran out of shared memory, of which a container has 64 MB by default."""
+    if not re.search(r"shared memory|Bus error|/torch_|/dev/shm", message):
+        return ""
+    size = f"/dev/shm has {shutil.disk_usage('/dev/shm').total / 1e6:.0f} MB: " if Path("/dev/shm").is_dir() else ""
+    return f" ({size}start the container with --ipc=host or --shm-size=8g, or give --num_workers 0)"
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -130,8 +130,9 @@ def test_weights_are_compared_by_distance_and_missing_results_are_named(runs, tm
         list(compare(run, tmp_path / "other", training=True))
 
 
-def test_differences_name_packages_and_device(runs):
+def test_differences_name_packages_and_device(runs, monkeypatch):
     found = manifest_of(runs / "answers")
+    monkeypatch.setattr("scripts.reproduce.revision", lambda: found["bundle"]["revision"])
     assert differences(found) == []
     found["environment"]["packages"]["monai"] = "0.1"
     found["environment"]["processor"] = "abacus"

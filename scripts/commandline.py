@@ -105,10 +105,13 @@ def install_one_line_errors(debug: bool) -> None:
             print("\ninterrupted", file=sys.stderr)
             return
         root = root_cause(error)
+        text = str(root)
         known = isinstance(root, (ValueError, OSError, ArithmeticError))
         name = "" if known else f"{type(root).__name__}: "
-        hint = _shared_memory_hint(str(root)) or ("" if known else " (--debug true shows where)")
-        print(f"error: {name}{root}{hint}", file=sys.stderr)
+        if "Original Traceback" in text:  # PyTorch puts a loading process's whole traceback into the message
+            name, text = "", text.strip().splitlines()[-1]
+        hint = _shared_memory_hint(text) or ("" if known else " (--debug true shows where)")
+        print(f"error: {name}{text}{hint}", file=sys.stderr)
 
     sys.excepthook = report
 

@@ -1,5 +1,6 @@
 """Option values, misspelt overrides, help, one-line errors; a few through a real command line."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -192,12 +193,17 @@ def test_function_command_lines_check_their_flags_first(tmp_path):
         "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
         "shared memory. Please try to raise your shared memory limit.",
         "unable to write to file </torch_7_1>: No space left on device (28)",
+        "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  ...\n"
+        "RuntimeError: unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)\n",
     ],
 )
 def test_too_little_shared_memory_comes_with_its_remedies(message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    ignite = logging.getLogger("ignite")
+    monkeypatch.setattr(ignite, "level", ignite.level)
     install_one_line_errors(debug=False)
     for text, hint in ((message, True), ("something else", False)):
         sys.excepthook(RuntimeError, RuntimeError(text), None)
         said = capsys.readouterr().err
         assert said.startswith("error: RuntimeError: ") and ("--ipc=host" in said) == hint
+        assert said.count("RuntimeError") == said.count("\n") == 1

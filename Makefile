@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench clean image image-test lock schema
 
 demo: $(VENV)/.ready
 	$(RUN) -m scripts.demo --output_dir demo_output --overwrite true
@@ -14,6 +14,8 @@ test: $(VENV)/.ready-dev
 lint: $(VENV)/.ready-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/hadolint Dockerfile
+	$(VENV)/bin/shellcheck .ci/*
 
 # About 40 minutes on two cores that do nothing else; BENCH="--quick true" only shows that all of it runs.
 BENCH ?=
@@ -22,6 +24,29 @@ BENCHMARKS := startup forward flat_memory bfloat16_memory bfloat16_dice many_lab
 bench: $(VENV)/.ready-dev
 	set -e; for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$$name $(BENCH); done
 	$(RUN) -m benchmarks.table
+
+# The container image; docs/container.md. BUILD gives further arguments, such as --build-arg TORCH=cpu.
+IMAGE ?= neuroverse3d
+ENGINE ?= $(shell command -v podman || echo docker)
+BUILD ?=
+VERSION = $(shell sed -n 's/^    "version": "\(.*\)",/\1/p' configs/metadata.json)
+REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null || echo unknown)
+
+image:
+	$(ENGINE) build --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(BUILD) -t $(IMAGE) .
+
+image-test:
+	.ci/image-test
+
+lock:
+	.ci/lock
+
+SCHEMA := $(shell sed -n 's/^    "schema": "\(.*\)",/\1/p' configs/metadata.json)
+
+schema: $(VENV)/.ready
+	$(RUN) -c 'import sys; from monai.apps.utils import download_url as get; \
+	    get(sys.argv[1], sys.argv[2], hash_val="06954cad2cc5d3784e72077ac76f0fc8")' \
+	    $(SCHEMA) schema/$(notdir $(SCHEMA))
 
 clean:
 	rm -rf $(VENV) demo_output .pytest_cache .ruff_cache

@@ -11,6 +11,7 @@ import difflib
 import inspect
 import logging
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 from scripts.options import OPTIONS, flag, normalise
+from scripts.stop import exit_on_sigterm
 
 _RUN_ARGUMENTS = set(inspect.signature(__import__("monai.bundle.scripts", fromlist=["run"]).run).parameters) - {
     "override"
@@ -39,6 +41,7 @@ def main(component: Callable | Mapping[str, Callable]) -> None:
 
     debug, arguments = _without_debug(sys.argv[1:])
     install_one_line_errors(debug)
+    exit_on_sigterm()
     function, name = component, Path(sys.argv[0]).stem
     verb = []
     if isinstance(component, Mapping):
@@ -66,6 +69,7 @@ def start() -> None:
     parser = _running_parser()
     if _is_bundle_command_line():
         install_one_line_errors(flag(parser.get("debug", False)))
+        exit_on_sigterm()
         raw = ConfigParser.load_config_files(_config_files(sys.argv))
         refuse_unknown(_override_keys(sys.argv), raw | _tracking_ids(sys.argv))
         if flag(parser.get("help", False)):
@@ -83,6 +87,12 @@ def config_as_run() -> dict[str, Any]:
     return {k: v for k, v in _running_parser().config.items() if k != "_meta_"}
 
 
+def options_as_run() -> dict[str, Any]:
+    """The running workflow's options with their values, expressions worked out."""
+    parser = _running_parser()
+    return {name: parser.get_parsed_content(name) for name in OPTIONS if name in parser.config}
+
+
 def install_one_line_errors(debug: bool) -> None:
     """Answer an error with one line and exit status 1; with ``debug`` keep the traceback."""
     if debug:
@@ -95,12 +105,23 @@ def install_one_line_errors(debug: bool) -> None:
             print("\ninterrupted", file=sys.stderr)
             return
         root = root_cause(error)
+        text = str(root)
         known = isinstance(root, (ValueError, OSError, ArithmeticError))
         name = "" if known else f"{type(root).__name__}: "
-        hint = "" if known else " (--debug true shows where)"
-        print(f"error: {name}{root}{hint}", file=sys.stderr)
+        if "Original Traceback" in text:  # PyTorch puts a loading process's whole traceback into the message
+            name, text = "", text.strip().splitlines()[-1]
+        hint = _shared_memory_hint(text) or ("" if known else " (--debug true shows where)")
+        print(f"error: {name}{text}{hint}", file=sys.stderr)
 
     sys.excepthook = report
+
+
+def _shared_memory_hint(message: str) -> str:
+    """What to do where loading processes ran out of shared memory, of which a container has 64 MB by default."""
+    if not re.search(r"shared memory|Bus error|/torch_|/dev/shm", message):
+        return ""
+    size = f"/dev/shm has {shutil.disk_usage('/dev/shm').total / 1e6:.0f} MB: " if Path("/dev/shm").is_dir() else ""
+    return f" ({size}start the container with --ipc=host or --shm-size=8g, or give --num_workers 0)"
 
 
 def root_cause(error: BaseException) -> BaseException:

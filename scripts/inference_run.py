@@ -13,7 +13,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from scripts.data.preprocessing import RAS_LABELS
 from scripts.data.volumes import load_volume
 from scripts.distributed import meet_processes
 from scripts.inferer import ICLInferer
+from scripts.manifest import write_manifest
 from scripts.pictures import SHOWN_CONTEXTS, overlay_figure, save_png
 from scripts.probabilities import probability_folder
 from scripts.report_files import REPORT, ReportFiles, merge_shards, publish, remove_shards
@@ -109,6 +110,7 @@ class InferenceRun(Sequence[Case]):
         self._todo: list[Case] = []
         self._position = 0
         self._skipped = 0
+        self._listing: list[tuple[str, Any]] = []
         self._bar = tqdm(disable=True)
         self._started = 0.0
 
@@ -163,6 +165,9 @@ class InferenceRun(Sequence[Case]):
             "cases": {},
             "failed": {},
         }
+        # files are not looked into here: their digests are in the report when they are done
+        self._listing = [(target["case"], os.path.getsize(target["image"])) for target in targets]
+        self._listing.append(("contexts", context.fingerprint))
         mine = self.shard.of(targets)
         self._set_aside(mine)
         self._skipped = len(mine) - len(self._todo)
@@ -185,17 +190,23 @@ class InferenceRun(Sequence[Case]):
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._finish_case)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._set_failed_case_aside)
 
-    def run(self, evaluator: Engine) -> None:
+    def run(
+        self, evaluator: Engine, config: Mapping[str, Any] | None = None, options: Mapping[str, Any] | None = None
+    ) -> None:
         """Run the engine over the targets still to do, write the report and say how it went.
 
         Args:
             evaluator: the engine this is attached to, with these targets as its data.
+            config: the configuration as run; with it and the options' values goes a manifest.
+            options: see there.
 
         Raises:
             DatasetError: some targets could not be done.
             OSError: the output folder takes no more files.
         """
         self.prepare()
+        if config is not None and self.shard.number == 1:
+            write_manifest(self.output_dir, config, options or {}, self._listing)
         self.inferer.on_label = self._show_label
         name = "inference" if self.shard.count == 1 else f"shard {self.shard}"
         try:

@@ -15,13 +15,16 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EarlyStopping
+from ignite.metrics import Metric
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from scripts.atomic import write_json, write_text
 from scripts.checkpoint import CheckpointError, atomic_save, read_checkpoint
-from scripts.data import Collection, EpisodeDataset
+from scripts.data import Collection, EpisodeDataset, PreparedCases
 from scripts.handlers import BestScore
+from scripts.manifest import MANIFEST, write_manifest
 from scripts.networks import Neuroverse3D
+from scripts.stop import STATUS, StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +59,7 @@ def claim_folder(folder: str, resume: bool = False, overwrite: bool = False) -> 
 
 def clear_folder(folder: str) -> None:
     """Delete the run in a folder."""
-    for name in (*_HELD, SPLIT, "rows.json", "config.json"):
+    for name in (*_HELD, SPLIT, "rows.json", "config.json", MANIFEST):
         (Path(folder) / name).unlink(missing_ok=True)
     for name in ("tensorboard", "wandb"):
         shutil.rmtree(Path(folder) / name, ignore_errors=True)
@@ -81,6 +84,10 @@ class TrainingRun:
     ``last.pt`` holds the network, optimiser, scheduler, epoch, random state, best score and early-stop count,
     and is written whole or not at all after every epoch. Of several processes the first one writes.
 
+    SIGTERM (``docker stop``, Slurm) ends the run after the group that is being trained, with a ``last.pt`` that also
+    says how far the epoch has come: resumed, the run ends with the same weights as one that was never stopped. During
+    validation it ends after that.
+
     Args:
         folder: the run's folder.
         network: the network with its starting weights (a wrapper's ``module`` is looked through).
@@ -92,6 +99,7 @@ class TrainingRun:
         collection: where the split comes from; it is not written if the cases were given directly.
         early_stop_patience: stop after this many validations without gain; None never does.
         resume: continue what is in the folder (claimed by :func:`claim_folder` before).
+        metrics: the trainer's metrics by name, whose sums a run that is stopped within an epoch keeps.
     """
 
     def __init__(
@@ -106,6 +114,7 @@ class TrainingRun:
         collection: Collection | None = None,
         early_stop_patience: int | None = None,
         resume: bool = False,
+        metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.network: Neuroverse3D = getattr(network, "module", network)
@@ -117,6 +126,9 @@ class TrainingRun:
         self.fixed = dict(fixed)
         self.collection = collection
         self.resume = resume
+        self.metrics = dict(metrics or {})
+        self.stopped = False
+        self._request = StopRequest()
         self.best = BestScore()
         self.state = {
             "network": self.network,
@@ -134,15 +146,22 @@ class TrainingRun:
             evaluator.add_event_handler(Events.EPOCH_COMPLETED, stop)
             self.state["early_stopping"] = stop
 
-    def run(self, config: Mapping[str, Any]) -> None:
+    def run(self, config: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> None:
         """Restore what is to be resumed, and train.
 
         Args:
             config: the configuration as run, kept in ``config.json``.
+            options: its options' values, with which ``manifest.json`` is written.
 
         Raises:
             CheckpointError: what is there cannot be resumed with these options.
         """
+        with self._request:
+            self._train(config, options)
+        if not self.stopped:
+            logger.info("best validation loss %.4g; weights in %s", self.best.value, self.folder / BEST)
+
+    def _train(self, config: Mapping[str, Any], options: Mapping[str, Any] | None) -> None:
         if self.resume:
             self._restore(self.folder / LAST)
         if idist.get_rank() == 0:
@@ -153,6 +172,8 @@ class TrainingRun:
             if self.collection is not None and self.collection.is_read:
                 self.collection.write_split(self.folder / SPLIT)
                 write_json(self.collection.describe(), self.folder / "rows.json")
+            if options is not None:
+                write_manifest(self.folder, config, options, self._listing())
         logger.info(
             "training %d parameters, channels %s, epochs %d to %d, into %s",
             sum(p.numel() for p in self.network.parameters()),
@@ -161,9 +182,29 @@ class TrainingRun:
             self.trainer.state.max_epochs,
             self.folder,
         )
+        self.trainer.add_event_handler(Events.ITERATION_COMPLETED, self._stop_within_epoch)
         self.trainer.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+        self.trainer.add_event_handler(Events.EPOCH_COMPLETED, self._stop_after_epoch)
         self.trainer.run()
-        logger.info("best validation loss %.4g; weights in %s", self.best.value, self.folder / BEST)
+
+    def conclude(self) -> None:
+        """End the program with SIGTERM's status if that stopped the run; the last thing a workflow does.
+
+        Raises:
+            SystemExit: status 143.
+        """
+        if self.stopped:
+            raise SystemExit(STATUS)
+
+    def _listing(self) -> list[tuple[str, str]]:
+        """Part and name of every case, and its digest."""
+        prepared: PreparedCases = self.trainer.data_loader.dataset.prepared
+        return [
+            (f"{part}/{source}/{case['case'].rpartition('/')[2]}", case["digest"])
+            for part, sources in prepared.cases.items()
+            for source, cases in sources.items()
+            for case in cases
+        ]
 
     def _restore(self, path: Path) -> None:
         content = read_checkpoint(path)
@@ -184,6 +225,8 @@ class TrainingRun:
         # another number of processes deals an epoch's groups out in shares of another length
         self.trainer.state.iteration = self.trainer.state.epoch * len(self.trainer.data_loader)
         self.trainer.state.epoch_length = len(self.trainer.data_loader)
+        if "within_epoch" in content:
+            self._enter_epoch(content["within_epoch"], content["random"])
         self.lr_scheduler.patience = patience
         before = content["learning_rate"]
         if self.learning_rate != before:  # the schedule goes on from where it was, scaled
@@ -191,7 +234,59 @@ class TrainingRun:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["lr"] * self.learning_rate / before if before else self.learning_rate
             self.lr_scheduler.min_lrs = [0.01 * self.learning_rate for _ in self.lr_scheduler.min_lrs]
-        logger.info("resuming after epoch %d", self.trainer.state.epoch)
+        within = self.trainer.state.iteration % self.trainer.state.epoch_length
+        where = f" and {within} of {self.trainer.state.epoch_length} steps of the next one" if within else ""
+        logger.info("resuming after epoch %d%s", self.trainer.state.epoch, where)
+
+    def _enter_epoch(self, done: Mapping[str, Any], random_state: Mapping[str, Any]) -> None:
+        """Go on within an epoch: with its remaining groups, and with the metrics of those that are done."""
+        state, loader = self.trainer.state, self.trainer.data_loader
+        # with another number of processes the steps may not come out even: then a few groups are trained again
+        steps = done["groups"] // (loader.batch_size * idist.get_world_size())
+        state.iteration += steps
+        loader.sampler.skip(state.epoch + 1, steps * loader.batch_size)
+
+        def restore_metrics() -> None:  # the start of an epoch resets them
+            for name, metric in self.metrics.items():
+                metric.load_state_dict(done["metrics"][name])
+
+        def restore_random_state() -> None:  # a new iterator over the data draws from it
+            self.state["random"].load_state_dict(random_state)
+
+        if done["processes"] == idist.get_world_size():
+            self.trainer.add_event_handler(Events.EPOCH_STARTED(once=state.epoch + 1), restore_metrics)
+        else:
+            logger.warning("trained with %d processes before: this epoch's metrics cover the rest of it only",
+                           done["processes"])  # fmt: skip
+        if steps:
+            self.trainer.add_event_handler(Events.GET_BATCH_STARTED(once=state.iteration), restore_random_state)
+
+    def _stop_asked(self) -> bool:
+        """Whether any process got SIGTERM; they all have to stop at the same step."""
+        return bool(idist.all_reduce(int(self._request.made), "MAX"))
+
+    def _stop_within_epoch(self, engine: Engine) -> None:
+        steps = engine.state.iteration % engine.state.epoch_length
+        # the epoch's end is saved as ever; gradients that still wait for a step could not be saved
+        if not steps or not engine.steps_now or not self._stop_asked():
+            return
+        processes = idist.get_world_size()
+        done = {
+            "groups": steps * engine.data_loader.batch_size * processes,
+            "processes": processes,
+            "metrics": {name: metric.state_dict() for name, metric in self.metrics.items()},
+        }
+        self._write(within_epoch=done)
+        self._stop(engine, f"in epoch {engine.state.epoch} after {steps} of {engine.state.epoch_length} steps")
+
+    def _stop_after_epoch(self, engine: Engine) -> None:
+        if engine.state.epoch < engine.state.max_epochs and self._stop_asked():
+            self._stop(engine, f"after epoch {engine.state.epoch}")
+
+    def _stop(self, engine: Engine, where: str) -> None:
+        self.stopped = True
+        logger.info("stopped by SIGTERM %s: %s is complete, go on with --resume true", where, self.folder / LAST)
+        engine.terminate()
 
     def _save(self, engine: Engine) -> None:
         writes = idist.get_rank() == 0
@@ -201,11 +296,13 @@ class TrainingRun:
                 logger.warning("the validation loss is %s: these weights are not kept as the best", val_loss)
             if self.best.improves(val_loss) and writes:
                 atomic_save(self.network.state_dict(), self.folder / BEST)
-        if not writes:
-            return
-        content = {name: part.state_dict() for name, part in self.state.items()}
-        content |= {"learning_rate": self.learning_rate, "fixed": self.fixed}
-        atomic_save(content, self.folder / LAST)
+        self._write()
+
+    def _write(self, **more: Any) -> None:
+        if idist.get_rank() == 0:
+            content = {name: part.state_dict() for name, part in self.state.items()}
+            content |= {"learning_rate": self.learning_rate, "fixed": self.fixed}
+            atomic_save(content | more, self.folder / LAST)
 
 
 class RandomState:

@@ -1,5 +1,6 @@
 """Option values, misspelt overrides, help, one-line errors; a few through a real command line."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 from monai.bundle import ConfigWorkflow
 
-from scripts.commandline import _without_debug, refuse_unknown, root_cause
+from scripts.commandline import _without_debug, install_one_line_errors, refuse_unknown, root_cause
 from scripts.options import OPTIONS, flag, normalise
 
 CONFIG = {"epochs": 1, "train": {"trainer": {"_target_": "x", "max_epochs": 3}, "handlers": [{"_target_": "y"}]}}
@@ -184,3 +185,25 @@ def test_function_command_lines_check_their_flags_first(tmp_path):
     )
     assert result.returncode == 1 and "error: no checkpoint at" in result.stderr and "Traceback" not in result.stderr
     assert run("scripts.checkpoint", "--help").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+        "shared memory. Please try to raise your shared memory limit.",
+        "unable to write to file </torch_7_1>: No space left on device (28)",
+        "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  ...\n"
+        "RuntimeError: unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)\n",
+    ],
+)
+def test_too_little_shared_memory_comes_with_its_remedies(message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    ignite = logging.getLogger("ignite")
+    monkeypatch.setattr(ignite, "level", ignite.level)
+    install_one_line_errors(debug=False)
+    for text, hint in ((message, True), ("something else", False)):
+        sys.excepthook(RuntimeError, RuntimeError(text), None)
+        said = capsys.readouterr().err
+        assert said.startswith("error: RuntimeError: ") and ("--ipc=host" in said) == hint
+        assert said.count("RuntimeError") == said.count("\n") == 1

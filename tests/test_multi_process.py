@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,10 +29,10 @@ def data(tmp_path_factory):
     return folder
 
 
-def start(*arguments, **options):
+def start(*arguments, env=ENVIRONMENT, **options):
     return subprocess.Popen(
         [*TORCHRUN, *arguments],
-        env=ENVIRONMENT,
+        env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -158,3 +159,31 @@ def test_fewer_validation_groups_than_processes(data, tmp_path):
     process = start(*command(tmp_path, data, val_groups=1))
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "error: --val_groups 1 is less than one for each of 2 processes" in output
+
+
+def test_sigterm_to_one_rank_stops_all_at_the_same_step(reports, data, tmp_path):
+    options = OPTIONS | {"dataset_dir": str(data), "output_dir": str(tmp_path)}
+    process = start(
+        "tests/training_process.py",
+        str(tmp_path),
+        "stage1",
+        json.dumps(options),
+        env=ENVIRONMENT | {"STOPPED_RANK": "1"},
+    )
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0 and "in epoch 2 after 1 of 2 steps" in output, output
+    seen = [json.loads((tmp_path / f"stage1_{rank}.json").read_text()) for rank in (0, 1)]
+    assert len(seen[0]["cases"]) == len(seen[1]["cases"]) == 3
+    shutil.copytree(tmp_path / "stage1", tmp_path / "alone" / "stage1")
+
+    resumed = start(*command(tmp_path, data, resume="true"))
+    output, _ = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, output
+    ended, uninterrupted = (load_network(f / "stage1" / "last.pt").state_dict() for f in (tmp_path, reports[1]))
+    assert all(torch.equal(ended[name], uninterrupted[name]) for name in ended)
+    rows = [(f / "stage1" / "metrics.csv").read_text().splitlines()[-1].split(",") for f in (tmp_path, reports[1])]
+    assert rows[0][:-1] == rows[1][:-1], "metrics of the whole epoch; the seconds are its last column"
+
+    workflow = run_workflow("train_stage1", **options | {"output_dir": str(tmp_path / "alone")}, resume=True)
+    trainer = workflow.parser.get_parsed_content("train#trainer")
+    assert trainer.state.iteration == 8 and trainer.state.epoch == 2, "two groups of four were done"

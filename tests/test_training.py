@@ -45,7 +45,9 @@ def finished(data, tmp_path_factory):
 
 def test_a_run_leaves_its_files(finished):
     names = {p.name for p in finished.iterdir()}
-    assert names == {"model.pt", "last.pt", "tensorboard", "config.json", "metrics.csv", "splits.json", "rows.json"}
+    assert names == {
+        "model.pt", "last.pt", "tensorboard", "config.json", "manifest.json", "metrics.csv", "splits.json", "rows.json"
+    }  # fmt: skip
     assert [row["epoch"] for row in rows(finished)] == ["1", "2"]
     assert all(0 <= float(row["val_dice"]) <= 1 and float(row["val_loss"]) > 0 for row in rows(finished))
     config = json.loads((finished / "config.json").read_text())
@@ -233,10 +235,16 @@ where, options = sys.argv[1], json.loads(sys.argv[2])
 workflow = ConfigWorkflow("configs/train_stage1.json", workflow_type="train", **options)
 workflow.initialize()
 trainer = workflow.parser.get_parsed_content("train#trainer")
+def send(number):
+    return lambda engine: os.kill(os.getpid(), number)
+
 if where == "mid-epoch":
-    trainer.add_event_handler(
-        Events.ITERATION_COMPLETED(once=3), lambda engine: os.kill(os.getpid(), signal.SIGKILL)
-    )
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), send(signal.SIGKILL))
+elif where == "asked mid-epoch":
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=3), send(signal.SIGTERM))
+elif where == "asked in validation":
+    evaluator = workflow.parser.get_parsed_content("validate#evaluator")
+    evaluator.add_event_handler(Events.ITERATION_STARTED(once=1), send(signal.SIGTERM))
 else:  # while the second last.pt is written
     save, written = torch.save, []
 
@@ -250,15 +258,19 @@ else:  # while the second last.pt is written
 
     torch.save = half
 workflow.run()
+workflow.finalize()
 """
+
+
+def killed(where, options, output_dir):
+    options = SMALL | options | {"output_dir": str(output_dir)}
+    command = [sys.executable, "-c", KILLED, where, json.dumps(options)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("where", ["mid-epoch", "while writing"])
 def test_a_run_that_was_killed_ends_with_the_same_weights(finished, data, tmp_path, where):
-    options = SMALL | {"dataset_dir": str(data), "output_dir": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, where, json.dumps(options)], capture_output=True, text=True, check=False
-    )
+    done = killed(where, {"dataset_dir": str(data)}, tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr
     folder = tmp_path / "stage1"
     assert read_checkpoint(folder / "last.pt")["trainer"]["iteration"] == 2, "the end of the first epoch"
@@ -268,6 +280,54 @@ def test_a_run_that_was_killed_ends_with_the_same_weights(finished, data, tmp_pa
     assert same_weights(folder / "model.pt", finished / "model.pt")
     assert [row["train_loss"] for row in rows(folder)] == [row["train_loss"] for row in rows(finished)]
     assert not list(folder.glob(".*"))
+
+
+def compare_runs(folder, finished):
+    assert same_weights(folder / "last.pt", finished / "last.pt")
+    assert same_weights(folder / "model.pt", finished / "model.pt")
+    strip = [[{k: v for k, v in row.items() if k != "seconds"} for row in rows(f)] for f in (folder, finished)]
+    assert strip[0] == strip[1]
+    after, before = (read_checkpoint(f / "last.pt") for f in (folder, finished))
+    assert after["best"] == before["best"] and after["lr_scheduler"] == before["lr_scheduler"]
+    assert torch.equal(after["random"]["torch"], before["random"]["torch"]) and "within_epoch" not in after
+
+
+@pytest.mark.parametrize(
+    ("where", "step", "said"),
+    [
+        ("asked mid-epoch", 3, "in epoch 2 after 1 of 2 steps"),
+        ("asked in validation", 2, "after epoch 1"),
+    ],
+)
+def test_a_run_that_was_asked_to_stop_goes_on_as_if_it_had_not_been(finished, data, tmp_path, where, step, said):
+    done = killed(where, {"dataset_dir": str(data)}, tmp_path)
+    assert done.returncode == 143, done.stderr
+    folder = tmp_path / "stage1"
+    assert read_checkpoint(folder / "last.pt")["trainer"]["iteration"] == step
+    train(tmp_path, dataset_dir=str(data), resume=True)
+    compare_runs(folder, finished)
+
+
+def test_a_stop_waits_for_the_optimiser_step_that_gradients_are_gathered_for(data, tmp_path):
+    options = {"dataset_dir": str(data), "groups_per_epoch": 5, "epochs": 1, "accumulation_steps": 6}
+    whole = train(tmp_path / "whole", **options)
+    done = killed("asked mid-epoch", options, tmp_path / "stopped")
+    assert done.returncode == 143, done.stderr
+    folder = tmp_path / "stopped" / "stage1"
+    assert read_checkpoint(folder / "last.pt")["trainer"]["iteration"] == 4  # three episodes a group
+    train(tmp_path / "stopped", resume=True, **options)
+    compare_runs(folder, whole)
+
+
+def test_sigterm_on_the_command_line(data, tmp_path):
+    options = ["--dataset_dir", str(data), "--output_dir", str(tmp_path), "--epochs", "1000"]
+    small = [token for k, v in SMALL.items() if k != "epochs" for token in (f"--{k}", str(v).replace(" ", ""))]
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/train_stage1.json"]
+    with subprocess.Popen([*command, *options, *small], stdout=subprocess.PIPE, text=True) as process:
+        line = next(line for line in process.stdout if "training" in line)
+        process.send_signal(signal.SIGTERM)
+        rest = process.stdout.read()
+    assert process.returncode == 143 and "--resume true" in rest, line + rest
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(data, tmp_path, monkeypatch):

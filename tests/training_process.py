@@ -1,11 +1,13 @@
 """One of several training processes, started by torchrun from ``test_multi_process.py``.
 
 Runs a stage through its configuration and notes, as JSON, what every step looked like from this rank:
-``python -m torch.distributed.run ... tests/training_process.py REPORT_DIR STAGE OPTIONS_AS_JSON``.
+``python -m torch.distributed.run ... tests/training_process.py REPORT_DIR STAGE OPTIONS_AS_JSON``. The rank that the
+environment variable ``STOPPED_RANK`` names gets SIGTERM in the third step.
 """
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -48,6 +50,8 @@ def main() -> None:
         Events.EPOCH_COMPLETED,
         lambda engine: report["metrics"].append({**engine.state.metrics, **evaluator.state.metrics}),
     )
+    if os.environ.get("STOPPED_RANK") == os.environ["RANK"]:
+        trainer.add_event_handler(Events.ITERATION_STARTED(once=3), lambda engine: signal.raise_signal(signal.SIGTERM))
     workflow.run()
     Path(report_dir, f"{stage}_{os.environ['RANK']}.json").write_text(json.dumps(report))
     workflow.finalize()

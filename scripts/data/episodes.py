@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -304,11 +305,18 @@ class GroupSampler(DistributedSampler):
     def __init__(self, dataset: EpisodeDataset, num_replicas: int = 1, rank: int = 0) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
         self.epoch = 1
+        self._skipped = (0, 0)
+
+    def skip(self, epoch: int, groups: int) -> None:
+        """Leave out this rank's first groups of an epoch (counted from 1), which a stopped run has trained."""
+        self._skipped = (epoch, groups)
 
     def __iter__(self) -> Iterator[int]:
         """Group numbers of this epoch and rank."""
         first = (self.epoch - 1) * len(self.dataset)
-        return (first + number for number in super().__iter__())
+        epoch, groups = self._skipped
+        rest = islice(super().__iter__(), groups if epoch == self.epoch else 0, None)
+        return (first + number for number in rest)
 
 
 def collate_groups(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -378,3 +378,17 @@ def test_groups_are_collated_as_pytorch_would(episodes, num_workers, batch_size)
 def test_a_batch_of_one_group_is_not_copied(episodes):
     group = episodes(context_size=2)[0]
     assert collate_groups([group])["image"].data_ptr() == group["image"].data_ptr()
+
+
+def test_groups_that_are_done_are_left_out_of_their_epoch_alone(episodes):
+    dataset = episodes(context_size=2, groups_per_epoch=6)
+    shares = [GroupSampler(dataset, num_replicas=2, rank=rank) for rank in (0, 1)]
+    for sampler in shares:
+        sampler.skip(epoch=3, groups=2)
+    numbers = []
+    for epoch in (2, 3, 4):
+        for sampler in shares:
+            sampler.set_epoch(epoch)
+        numbers.append(sorted(number for sampler in shares for number in sampler))
+    assert numbers == [[6, 7, 8, 9, 10, 11], [16, 17], [18, 19, 20, 21, 22, 23]]
+    assert len(shares[0]) == 3, "an epoch keeps its length"

@@ -98,8 +98,11 @@ class Collection:
                 for source in sources.values()
                 for case in source.dataset.cases(source.channel, source.answer)
             ]
+            if not found:  # synthetic cohorts only
+                self._parts = {part: [] for part in PARTS}
+                return self._parts
             good = sound_cases(inspect_cases(found, self.record, self.num_workers), self.skip_bad_cases)
-            self._parts = read_split(self.split_file, good) if self.split_file and found else self._split(good)
+            self._parts = read_split(self.split_file, good) if self.split_file else self._split(good)
         return self._parts
 
     def rows(self) -> list[SourcedRow]:

@@ -274,12 +274,9 @@ class EpisodeDataset(Dataset):
         key = (self.seed, 6 if self.part == "train" else 7, number)
         modalities = 1 + row.output if task.reads == "output" else 1
         cohort = self.cohorts.cohort(key, length + 1, modalities)
+        made_of = (key, length + 1, modalities)
         members = [
-            {
-                "dataset": SYNTHETIC,
-                "case": f"cohort{number}_{subject}",
-                "cohort": (key, length + 1, modalities, subject),
-            }
+            {"dataset": SYNTHETIC, "case": f"cohort{number}_{subject}", "cohort": made_of, "subject": subject}
             for subject in range(length + 1)
         ]
         setting, names = task.setting(rng), ""

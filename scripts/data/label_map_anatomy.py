@@ -61,10 +61,7 @@ class LabelMaps:
     """
 
     def __init__(self, folder: str | os.PathLike, held_out: Sequence[str] = ()) -> None:
-        folder = Path(folder)
-        files = {strip_ending(path): path for path in sorted(folder.glob("*")) if strip_ending(path)}
-        if not files:
-            raise FileNotFoundError(f"no label maps in {folder}: --label_maps takes a folder of NIfTI files")
+        files = _files(folder)
         if missing := sorted(set(held_out) - set(files)):
             raise ValueError(f"held_out_maps: {', '.join(missing)} not in {folder} (there: {', '.join(files)})")
         self.names = tuple(name for name in files if name not in set(held_out))
@@ -193,6 +190,22 @@ class _View:
         counts = self.map[self.shown].flatten().bincount(minlength=len(person.counts))
         self.shares = counts / (2 * half).prod()  # of the shown voxels, that each tissue has
         self.inside = counts / person.counts.clamp(min=1)  # of each tissue, that is shown
+
+
+def map_names(folder: str | os.PathLike) -> tuple[str, ...]:
+    """Names of the label maps in a folder, as ``held_out`` has them.
+
+    Raises:
+        FileNotFoundError: no such folder, or no file in it.
+    """
+    return tuple(_files(folder))
+
+
+def _files(folder: str | os.PathLike) -> dict[str, Path]:
+    files = {strip_ending(path): path for path in sorted(Path(folder).glob("*")) if strip_ending(path)}
+    if not files:
+        raise FileNotFoundError(f"no label maps in {folder}: --label_maps takes a folder of NIfTI files")
+    return files
 
 
 def _cut(draws: Draws, views: Sequence[_View], tissue: int, number: int) -> None:

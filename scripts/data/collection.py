@@ -126,9 +126,9 @@ class Collection:
 
         A row that needs the images alone shares them with one that reads labels, so that they are cached once.
         """
-        rows = self._find_rows()
-        self._rows += [SourcedRow(row, (SYNTHETIC,)) for row, _ in rows if row.dataset == SYNTHETIC]
-        wanted = [(row, sources_of(row, datasets)) for row, datasets in rows if row.dataset != SYNTHETIC]
+        wanted = [
+            (row, sources_of(row, datasets) if row.dataset != SYNTHETIC else []) for row, datasets in self._find_rows()
+        ]
         every = {source.key: source for _, sources in wanted for source in sources}
         used: dict[str, Source] = {}
         for row, sources in wanted:
@@ -136,7 +136,8 @@ class Collection:
             if find_task(row.task).reads == "image":
                 sources = [b if b.key in every else a for a, b in zip(sources, labelled, strict=True)]
             used |= {source.key: source for source in sources}
-            self._rows.append(SourcedRow(row, tuple(source.key for source in sources)))
+            keys = tuple(source.key for source in sources)
+            self._rows.append(SourcedRow(row, keys if row.dataset != SYNTHETIC else (SYNTHETIC,)))
         return used
 
     def _find_rows(self) -> list[tuple[Row, list[NnunetDataset]]]:

@@ -155,7 +155,7 @@ class EpisodeDataset(Dataset):
         Raises:
             FileNotFoundError, DatasetError: no usable data there.
         """
-        collection = Collection(dataset_dir, "", cache_dir, val_fraction=val_fraction, seed=seed)
+        collection = Collection(dataset_dir, cache_dir, val_fraction=val_fraction, seed=seed)
         return cls.from_collection(collection, mode, augment, spatial_size, cache_dir, seed=seed, **options)
 
     @classmethod

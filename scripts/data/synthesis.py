@@ -36,7 +36,7 @@ from scripts.data.pose import (
     show_subject,
 )
 
-MIN_SIZE = 16
+MIN_SIZE = 8
 """Fewest voxels along an axis of a grid on which structures still have a shape."""
 
 MIN_LABEL_FRACTION = 0.001

@@ -101,7 +101,7 @@ def synthesize_cohort(
         lesions = num_labels > 1 and draws.chance(_LESION_COHORTS)
         labelled = lesions and draws.chance(_LABELLED_LESIONS)
         structures = num_labels - labelled
-        real = label_maps is not None and draws.chance(label_map_share)
+        real = draws.chance(label_map_share) and label_maps is not None
         try:
             anatomy = (
                 label_maps.draw(draws, size, structures, subjects) if real else draw_anatomy(draws, size, structures)

@@ -57,8 +57,8 @@ def test_held_out_maps_are_not_read(folder, monkeypatch):
 
 
 def test_cohorts_repeat_and_every_subject_has_every_structure(maps):
-    for seed in range(6):
-        cohort, again = (synthesize_cohort(seed, 5, 16, 2, label_maps=maps) for _ in range(2))
+    for seed in range(3):
+        cohort, again = (synthesize_cohort(seed, 5, 12, 2, label_maps=maps) for _ in range(2))
         assert torch.equal(cohort.images, again.images) and torch.equal(cohort.labels, again.labels)
         for label in cohort.labels:
             assert all((label == k).any() for k, name in enumerate(cohort.names, start=1) if name != LESION)
@@ -66,8 +66,8 @@ def test_cohorts_repeat_and_every_subject_has_every_structure(maps):
 
 def test_drawing_does_not_change_the_maps(maps):
     before = [person.tissues.clone() for person in maps.subjects]
-    for seed in range(6):
-        synthesize_cohort(seed, 4, 16, 3, label_maps=maps)
+    for seed in range(3):
+        synthesize_cohort(seed, 4, 12, 3, label_maps=maps)
     assert all(torch.equal(a, b.tissues) for a, b in zip(before, maps.subjects, strict=True))
 
 

@@ -25,6 +25,7 @@ def synthesize(
     label_maps: str | None = None,
     held_out_maps: Sequence[str] | None = None,
     label_map_share: float = 1.0,
+    spread: float | None = None,
     seed: int = 0,
     spacing_mm: float = 1.0,
     start_id: int = 900,
@@ -42,6 +43,7 @@ def synthesize(
         label_maps: folder of label maps of real subjects whose anatomies to use; made up without.
         held_out_maps: names of label maps, without ending, that are not used.
         label_map_share: share of the cohorts that comes from label_maps.
+        spread: how far the subjects are put apart, from 0 (all in one pose) to 1; by default drawn, mostly high.
         seed: the same seed gives the same data.
         spacing_mm: edge length of a voxel.
         start_id: number of the first dataset.
@@ -59,6 +61,7 @@ def synthesize(
         modalities=modalities,
         label_maps=maps,
         label_map_share=label_map_share,
+        spread=spread,
         seed=seed,
         spacing_mm=spacing_mm,
         start_id=start_id,

@@ -31,6 +31,10 @@ _STRUCTURE_FRACTION = (0.012, 0.09)  # of the grid's volume
 _REACH = 0.85  # structures are centred within this many half-widths of the grid, so that subjects keep them in view
 
 
+class NoRoomError(ValueError):
+    """A draw that shows too little of a label; another one may do."""
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """What the subjects of a cohort share.
@@ -68,6 +72,9 @@ def draw_anatomy(draws: Draws, size: Sequence[int], num_labels: int) -> Anatomy:
 
     Returns:
         An anatomy with one map.
+
+    Raises:
+        NoRoomError: a label was covered by a later structure, or found no room at all.
     """
     fineness = min(1.25, (_FINEST_VOXELS / math.prod(n * MARGIN for n in size)) ** (1 / 3))
     inner = [max(1, round(n * fineness)) for n in size]
@@ -93,8 +100,8 @@ def draw_anatomy(draws: Draws, size: Sequence[int], num_labels: int) -> Anatomy:
         builder.add_structure(num_labels + 3)
     present = builder.map[view].flatten().long().bincount(minlength=builder.tissues)
     labels = tuple(labels[i] for i in draws.order(len(labels)))
-    if min(int(present[label[0]]) for label in labels) == 0:  # covered by a later structure, or no room at all
-        return draw_anatomy(draws, size, num_labels)
+    if min(int(present[label[0]]) for label in labels) == 0:
+        raise NoRoomError("a structure is out of sight")
     middle = (torch.tensor(shape) - 1) / 2
     scale = torch.full((3,), max(inner) / 2)
     return Anatomy((builder.map,), (middle,), (scale,), labels, builder.tissues, tuple(builder.alike))

@@ -16,7 +16,7 @@ import torch
 from monai.transforms import Orientation
 from torch import Tensor
 
-from scripts.data.anatomy import Anatomy
+from scripts.data.anatomy import Anatomy, NoRoomError
 from scripts.data.draws import Draws
 from scripts.data.preprocessing import RAS_LABELS
 from scripts.data.volumes import load_volume, strip_ending
@@ -100,7 +100,7 @@ class LabelMaps:
             An anatomy with a map for each subject.
 
         Raises:
-            ValueError: no place of these maps shows so many labels.
+            NoRoomError: no place of these maps shows so many labels.
         """
         people = draws.order(len(self.subjects))
         chosen = [self.subjects[people[i % len(people)]] for i in range(subjects)]
@@ -122,7 +122,7 @@ class LabelMaps:
             if len(labels) == num_labels:
                 break
         else:
-            raise ValueError(f"no place of these label maps shows {num_labels} labels: use fewer")
+            raise NoRoomError(f"no place of these label maps shows {num_labels} labels")
         return Anatomy(
             [view.map.to(draws.device) for view in views],
             [view.centre for view in views],

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scripts.data.anatomy import AIR, Anatomy
+from scripts.data.anatomy import AIR, Anatomy, NoRoomError
 from scripts.data.draws import Draws
 
 _ROTATION_DEGREES = 30.0
@@ -75,7 +75,7 @@ def show_subject(
         scan has ended.
 
     Raises:
-        ValueError: the anatomy has too few voxels of a label, whatever the pose.
+        NoRoomError: the anatomy has too few voxels of a label, whatever the pose.
     """
     index = subject % len(anatomy.maps)
     map_, device = anatomy.maps[index], draws.device
@@ -112,7 +112,7 @@ def show_subject(
         if counts.min() * 8 >= least * supersampling**3:
             return seen, inside
         if strength < 1e-3:
-            raise ValueError("a label is too small to be seen")
+            raise NoRoomError("a label is too small to be seen")
         strength = strength * 0.7 if strength > 0.1 else 0.0
         ends = torch.maximum(ends, (1 - strength) * extent)
 

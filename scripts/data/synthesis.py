@@ -22,7 +22,7 @@ import torch
 from monai.utils import ensure_tuple_rep
 from torch import Tensor
 
-from scripts.data.anatomy import Anatomy, draw_anatomy
+from scripts.data.anatomy import Anatomy, NoRoomError, draw_anatomy
 from scripts.data.contrast import draw_contrast, draw_image
 from scripts.data.draws import Draws
 from scripts.data.label_map_anatomy import LabelMaps
@@ -73,6 +73,7 @@ def synthesize_cohort(
     modalities: int = 1,
     label_maps: LabelMaps | None = None,
     label_map_share: float = 1.0,
+    spread: float | None = None,
     device: str | torch.device = "cpu",
 ) -> Cohort:
     """Draw one cohort; the same arguments give the same tensors, and no global random state is touched.
@@ -85,6 +86,7 @@ def synthesize_cohort(
         modalities: contrasts of every subject.
         label_maps: real anatomies to draw from.
         label_map_share: share of the cohorts that are drawn from them.
+        spread: how far the subjects are put apart, from 0 (all in one pose) to 1; None draws it, mostly high.
         device: where to compute, and where the tensors are. Another kind of device gives another noise.
 
     Raises:
@@ -96,6 +98,8 @@ def synthesize_cohort(
     check_range("modalities", modalities, 1)
     if not 0 <= label_map_share <= 1:
         raise ValueError(f"label_map_share must be from 0 to 1, got {label_map_share}")
+    if spread is not None and not 0 <= spread <= 1:
+        raise ValueError(f"spread must be from 0 to 1, got {spread}")
     for attempt in range(_ATTEMPTS):
         draws = Draws(seed, 0, attempt, device=device)
         lesions = num_labels > 1 and draws.chance(_LESION_COHORTS)
@@ -106,16 +110,13 @@ def synthesize_cohort(
             anatomy = (
                 label_maps.draw(draws, size, structures, subjects) if real else draw_anatomy(draws, size, structures)
             )
-            found = _show(seed, attempt, draws, anatomy, subjects, size, modalities, lesions, labelled)
-        except ValueError:
-            if attempt + 1 == _ATTEMPTS:
-                raise ValueError(
-                    f"{num_labels} labels do not fit into a grid of {size}: use fewer labels or a larger grid"
-                ) from None
+            strength = draw_strength(draws) if spread is None else spread
+            found = _show(seed, attempt, draws, anatomy, subjects, size, modalities, lesions, labelled, strength)
+        except NoRoomError:
             continue
         names = [f"structure{number}" for number in range(1, structures + 1)] + [LESION] * labelled
         return Cohort(*found, tuple(names))
-    raise AssertionError
+    raise ValueError(f"{num_labels} labels do not fit into a grid of {size}: use fewer labels or a larger grid")
 
 
 def _show(
@@ -128,11 +129,12 @@ def _show(
     modalities: int,
     lesions: bool,
     labelled: bool,
+    strength: float,
 ) -> tuple[Tensor, Tensor]:
     """Images and labels of an anatomy's subjects."""
     tissues = anatomy.tissues + 1  # the last one is the lesions'
     contrasts = [draw_contrast(draws, anatomy, size, tissues) for _ in range(modalities)]
-    shape, strength = draw_shape(draws), draw_strength(draws)
+    shape = draw_shape(draws)
     all_labels = [*anatomy.labels, (anatomy.tissues,)] if labelled else anatomy.labels
     table = label_table(all_labels).to(draws.device)
     least = max(1, round(2 * MIN_LABEL_FRACTION * size[0] * size[1] * size[2]))
@@ -143,7 +145,7 @@ def _show(
         whole = pool_labels(seen, table, _SUPERSAMPLING, len(all_labels))
         counts = whole.flatten().bincount(minlength=len(all_labels) + 1)[1 : len(anatomy.labels) + 1]
         if counts.min() < least // 2:
-            raise ValueError("a label is too thin to be seen")
+            raise NoRoomError("a label is too thin to be seen")
         if lesions:
             seen = add_lesion(own, seen, anatomy.tissues)
             whole = pool_labels(seen, table, _SUPERSAMPLING, len(all_labels))

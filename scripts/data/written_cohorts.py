@@ -31,6 +31,7 @@ def write_cohorts(
     modalities: int = 1,
     label_maps: LabelMaps | None = None,
     label_map_share: float = 1.0,
+    spread: float | None = None,
     seed: int = 0,
     spacing_mm: float = 1.0,
     start_id: int = 900,
@@ -50,6 +51,7 @@ def write_cohorts(
         modalities: contrasts of every case, channels 0, 1 and so on.
         label_maps: real anatomies to draw from.
         label_map_share: share of the cohorts that are drawn from them.
+        spread: how far the subjects are put apart, from 0 (all in one pose) to 1; None draws it, mostly high.
         seed: of the run; cohort i is ``synthesize_cohort((seed, i), …)``.
         spacing_mm: edge length of a voxel.
         start_id: number of the first dataset.
@@ -76,7 +78,9 @@ def write_cohorts(
     _check_free(output_dir, folders, overwrite)
     output_dir.mkdir(parents=True, exist_ok=True)
     for i, folder in enumerate(tqdm(folders, desc="synthesize", unit="cohort", disable=not progress)):
-        cohort = synthesize_cohort((seed, i), subjects, size, num_labels, modalities, label_maps, label_map_share)
+        cohort = synthesize_cohort(
+            (seed, i), subjects, size, num_labels, modalities, label_maps, label_map_share, spread
+        )
         # a hidden sibling: same file system, so that the dataset can be renamed into its place in one step
         with tempfile.TemporaryDirectory(dir=output_dir, prefix=".synthesize-") as staging:
             made = Path(staging) / folder.name

@@ -22,10 +22,7 @@ def cohorts():
 @pytest.fixture(scope="module")
 def unmoved():
     """The same anatomies, all subjects in nearly one pose."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pose, "_STRONG", (0.05, 0.1))
-        patch.setattr(pose, "_WEAK", (0.05, 0.1))
-        return [synthesize_cohort((11, i), 4, 24) for i in COHORTS]
+    return [synthesize_cohort((11, i), 4, 24, spread=0.1) for i in COHORTS]
 
 
 def structures(cohort):
@@ -177,6 +174,7 @@ def test_modalities_show_the_same_anatomy_in_another_contrast():
         ({"num_labels": 16}, "num_labels"),
         ({"modalities": 0}, "modalities"),
         ({"label_map_share": 1.5}, "label_map_share"),
+        ({"spread": -0.1}, "spread must be from 0 to 1, got -0.1"),
         ({"seed": -1}, "non-negative"),
     ],
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
 from tqdm import trange
 
 from scripts.data.label_map_anatomy import LabelMaps
@@ -17,10 +18,12 @@ from scripts.data.synthesis import synthesize_cohort
 from scripts.options import flag, normalise
 from scripts.pictures import GroupView, contact_sheet, group_figure, save_png
 
+_SIDE_PX = 1200
+
 
 def cohort_sheet(
     output_file: str,
-    cohorts: int = 10,
+    cohorts: int = 8,
     subjects: int = 4,
     spatial_size: int | Sequence[int] = 64,
     num_labels: int = 4,
@@ -59,7 +62,9 @@ def cohort_sheet(
         names = [f"subject {subject + 1}" for subject in range(subjects)]
         figures.append(group_figure([view], names, generation=False, title=f"cohort {number}"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(contact_sheet(figures).quantize(128), path)
+    sheet = contact_sheet(figures)
+    sheet.thumbnail((_SIDE_PX, _SIDE_PX), Image.Resampling.LANCZOS)
+    save_png(sheet.quantize(64), path)
     print(f"{path}: {cohorts} cohorts of {subjects} subjects")
 
 

@@ -162,5 +162,9 @@ def pool_labels(seen: Tensor, table: Tensor, supersampling: int, count: int) -> 
     counted = torch.bitwise_left_shift(torch.ones_like(table, dtype=torch.long), 4 * table.long())[seen.int()]
     h, w, d = (n // supersampling for n in seen.shape)
     counted = counted.view(h, supersampling, w, supersampling, d, supersampling).sum((1, 3, 5))
-    shares = torch.stack([(counted >> 4 * k) & 15 for k in range(count + 1)])
-    return shares.argmax(0).to(torch.uint8)
+    most, label = counted & 15, torch.zeros(counted.shape, dtype=torch.uint8, device=seen.device)
+    for number in range(1, count + 1):
+        share = (counted >> 4 * number) & 15
+        label.masked_fill_(share > most, number)
+        most = torch.maximum(most, share)
+    return label

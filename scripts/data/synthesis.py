@@ -133,8 +133,8 @@ def _show(
 ) -> tuple[Tensor, Tensor]:
     """Images and labels of an anatomy's subjects."""
     tissues = anatomy.tissues + 1  # the last one is the lesions'
-    contrasts = [draw_contrast(draws, anatomy, size, tissues) for _ in range(modalities)]
     shape = draw_shape(draws)
+    contrasts = [draw_contrast(draws, anatomy, size, tissues) for _ in range(modalities)]
     all_labels = [*anatomy.labels, (anatomy.tissues,)] if labelled else anatomy.labels
     table = label_table(all_labels).to(draws.device)
     least = max(1, round(2 * MIN_LABEL_FRACTION * size[0] * size[1] * size[2]))

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from scripts.data import label_map_anatomy, synthesis
+from scripts.data.draws import Draws
 from scripts.data.label_map_anatomy import LabelMaps, map_names
 from scripts.data.synthesis import LESION, synthesize_cohort
 from scripts.synthesize import synthesize
@@ -48,8 +50,6 @@ def test_maps_are_read_once_upright_and_cropped(maps):
 def test_held_out_maps_are_not_read(folder, monkeypatch):
     assert map_names(folder)[0] == "subject0"
     read = []
-    from scripts.data import label_map_anatomy
-
     load = label_map_anatomy.load_volume
     monkeypatch.setattr(label_map_anatomy, "load_volume", lambda path: read.append(path.name) or load(path))
     maps = LabelMaps(folder, ["subject1", "subject3"])
@@ -77,16 +77,16 @@ def test_share_of_the_cohorts(maps):
     assert not torch.equal(synthesize_cohort(1, 1, 16, 2, label_maps=maps).labels, made_up.labels)
 
 
-def test_subjects_of_a_cohort_are_different_people(maps, monkeypatch):
-    from scripts.data.draws import Draws
-
+def test_subjects_of_a_cohort_are_different_people(maps):
     anatomy = maps.draw(Draws(0), (16, 16, 16), 2, 4)
     assert len(anatomy.maps) == 4 and len(anatomy.labels) == 2
     shapes = {tuple(map_.flatten().bincount(minlength=8).tolist()) for map_ in anatomy.maps}
     assert len(shapes) == 4
 
 
-def test_labels_that_no_place_shows(maps):
+def test_labels_that_no_place_shows(maps, monkeypatch):
+    monkeypatch.setattr(label_map_anatomy, "_ATTEMPTS", 2)
+    monkeypatch.setattr(synthesis, "_ATTEMPTS", 2)
     with pytest.raises(ValueError, match="15 labels do not fit"):
         synthesize_cohort(0, 4, 16, 15, label_maps=maps)
 

@@ -198,7 +198,8 @@ class EpisodeDataset(Dataset):
         self.prepared.prepare()
         targets = self.prepared.cases[self.part]
         rows = list(self.rows() if self.rows is not None else ())
-        if not targets and any(sourced.sources != (SYNTHETIC,) for sourced in rows or [None]):
+        needs_cases = not rows or any(sourced.sources != (SYNTHETIC,) for sourced in rows)
+        if needs_cases and not targets:
             raise DatasetError(f"no cases in the {self.part} part: add cases or change --val_fraction or --split_file")
         rows = rows or [SourcedRow(Row(source), (source,)) for source in sorted(targets)]
         for sourced in rows:

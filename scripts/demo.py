@@ -22,7 +22,7 @@ from pathlib import Path
 from scripts.options import flag
 
 _MARKER = ".demo"
-_COHORT = "--cohorts 1 --subjects 24 --num_labels 1 --spatial_size 24 --seed 11"
+_COHORT = "--cohorts 1 --subjects 24 --num_labels 1 --spatial_size 24 --spread 0.3 --seed 11"
 _TRAINING = (
     "--channels [16,32] --spatial_size 24 --learning_rate 1e-3 --context_size 2 --val_context_size 2 "
     "--val_groups 10 --test_fraction 0.25 --num_workers 0 --augment false"

@@ -31,8 +31,9 @@ OPTIONS: dict[str, Option] = {
     "test_fraction": Option("float", "fraction of the cases kept out of training and validation altogether"),
     "split_file": Option("path", "a splits.json of an earlier run to use instead of a fresh split"),
     "skip_bad_cases": Option("flag", "go on without faulty cases instead of stopping"),
-    "synthetic_cohorts": Option("count", "without dataset_dir: how many synthetic cohorts to make"),
-    "synthetic_subjects": Option("count", "without dataset_dir: subjects per synthetic cohort"),
+    "label_maps": Option("path", "folder of label maps whose anatomies synthetic cohorts may have"),
+    "held_out_maps": Option("names", "label maps that are not used, by file name without ending"),
+    "label_map_share": Option("float", "share of the synthetic cohorts that comes from label_maps"),
     "num_workers": Option("int", "data loading processes; 0 loads in the main process"),
     # grid
     "spatial_size": Option(

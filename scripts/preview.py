@@ -24,7 +24,6 @@ from scripts.pictures import GroupView, contact_sheet, group_figure, save_png
 
 _SHEET = "preview.png"
 _GROUPS = "group_*.png"
-_COHORTS = 4  # synthetic rows of a collection file: enough to see what they are like
 
 
 def preview(
@@ -77,7 +76,6 @@ def preview(
     cache = str(cache_dir or folder / "cache")
     collection = Collection(
         normalise("dataset_dir", dataset_dir),
-        f"{cache}/cohorts",
         cache,
         datasets=normalise("datasets", datasets),
         collection_file=normalise("collection_file", collection_file),
@@ -85,7 +83,6 @@ def preview(
         channel=normalise("channel", channel),
         split_file=normalise("split_file", split_file),
         skip_bad_cases=flag(skip_bad_cases),
-        synthetic={"cohorts": _COHORTS, "subjects": 12, "spatial_size": grid, "seed": seed},
         seed=seed,
     )
     dataset = EpisodeDataset.from_collection(

@@ -10,7 +10,7 @@ import torch
 from monai.data import MetaTensor
 
 from scripts.confidence import ConfidentInferer, Votes
-from scripts.data.synthesis import write_cohorts
+from scripts.data.written_cohorts import write_cohorts
 from scripts.inferer import ICLInferer
 from scripts.networks import Neuroverse3D
 from tests.workflows import run_workflow

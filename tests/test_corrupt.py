@@ -32,7 +32,7 @@ OBLIQUE = np.array([[1.2, 0.1, 0, -20], [-0.1, 1.1, 0.2, 5], [0, -0.2, 1.5, 7], 
 @pytest.fixture
 def clean(tmp_path, write_nifti):
     """A folder of four images of 16^3 with an oblique affine, and intensities that are not 0 to 1."""
-    images, _ = synthesize_cohort(0, 4, 16)
+    images, *_ = synthesize_cohort(0, 4, 16)
     for i, image in enumerate(images):
         write_nifti(tmp_path / "clean" / f"case_{i}.nii.gz", (image[0] * 900 - 100).round().short().numpy(), OBLIQUE)
     return tmp_path / "clean"

@@ -11,7 +11,8 @@ from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 from PIL import Image
 
-from scripts.data.synthesis import synthesize_cohort, write_cohorts
+from scripts.data.synthesis import synthesize_cohort
+from scripts.data.written_cohorts import write_cohorts
 from scripts.inferer import ICLInferer, as_volume
 from scripts.networks import Neuroverse3D
 from tests.workflows import run_workflow
@@ -56,7 +57,7 @@ def weights(tmp_path_factory):
     """A network with random weights whose output is above the threshold in about half of the volume."""
     torch.manual_seed(0)
     network = Neuroverse3D(channels=(4, 8), spatial_size=16).eval()
-    images, labels = synthesize_cohort(0, subjects=4, spatial_size=16, num_labels=1)
+    images, labels, _ = synthesize_cohort(0, subjects=4, spatial_size=16, num_labels=1)
     with torch.no_grad():
         network.target_decoder.output.weight.mul_(50)
         output = network(images[:1], images[None, 1:], labels[None, 1:].float())

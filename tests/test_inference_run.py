@@ -17,7 +17,7 @@ import torch
 from scripts import native_nifti
 from scripts.confidence import ConfidentInferer
 from scripts.data.nnunet import DatasetError
-from scripts.data.synthesis import write_cohorts
+from scripts.data.written_cohorts import write_cohorts
 from scripts.inferer import ICLInferer
 from scripts.networks import Neuroverse3D
 from scripts.probabilities import probability_folder

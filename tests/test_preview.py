@@ -48,7 +48,7 @@ def views(data, cache, monkeypatch):
 
     def seen(task="segmentation", number=0, **probabilities):
         dataset = EpisodeDataset.from_collection(
-            Collection(str(data), "", cache, tasks=task), spatial_size=16, cache_dir=cache, context_size=2
+            Collection(str(data), cache, tasks=task), spatial_size=16, cache_dir=cache, context_size=2
         )
         dataset.augmentation = GroupAugmentation(**(NOTHING | probabilities))
         found = []

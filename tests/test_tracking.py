@@ -9,7 +9,7 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
 
 from scripts.commandline import _tracking_ids
-from scripts.data.synthesis import write_cohorts
+from scripts.data.written_cohorts import write_cohorts
 from tests.workflows import SMALL, run_workflow
 
 OPTIONS = SMALL | {"val_groups": 1, "val_interval": 2}

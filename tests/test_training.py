@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from scripts.checkpoint import load_network, read_checkpoint
-from scripts.data.synthesis import write_cohorts
+from scripts.data.written_cohorts import write_cohorts
 from scripts.engine import GroupTrainer, episode_scores, prepare_episode
 from tests.workflows import SMALL, run_workflow
 
@@ -185,9 +185,10 @@ def test_channels_that_contradict_the_checkpoint(finished, data, tmp_path):
 
 
 def test_without_a_dataset_it_trains_on_synthetic_cohorts(tmp_path):
-    folder = train(tmp_path, epochs=1, synthetic_cohorts=2, synthetic_subjects=6)
-    assert len(list((tmp_path / "cohorts").glob("Dataset*/dataset.json"))) == 2
-    assert (folder / "model.pt").is_file()
+    folder = train(tmp_path, epochs=1)
+    assert (folder / "model.pt").is_file() and not (tmp_path / "cohorts").exists()
+    assert json.loads((folder / "rows.json").read_text())[0]["sources"] == ["synthetic"]
+    train(tmp_path, "stage2", epochs=1, context_size=2)
 
 
 def test_early_stopping_by_flag(data, tmp_path):
@@ -350,7 +351,7 @@ def test_several_tasks_in_one_run(data, tmp_path):
         {"dataset": "synthetic", "task": "gaussian_denoising"},
     ]
     (tmp_path / "rows.json").write_text(json.dumps({"rows": described}))
-    options = {"groups_per_epoch": 4, "val_groups": 3, "synthetic_cohorts": 1, "synthetic_subjects": 6}
+    options = {"groups_per_epoch": 4, "val_groups": 3}
     options |= {"dataset_dir": str(data), "collection_file": str(tmp_path / "rows.json")}
     folder = train(tmp_path, epochs=2, **options)
     (first, *_) = rows(folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -16,8 +15,7 @@ import numpy as np
 from scripts.atomic import write_text
 from scripts.data.integrity import inspect_cases, sound_cases
 from scripts.data.nnunet import Case, DatasetError, NnunetDataset, find_datasets
-from scripts.data.rows import SYNTHETIC, Row, Source, SourcedRow, default_rows, read_rows, sources_of
-from scripts.data.synthesis import write_cohorts
+from scripts.data.rows import SYNTHETIC, Row, Source, SourcedRow, default_rows, read_rows, sources_of, synthetic_rows
 from scripts.data.tasks import find_task
 
 logger = logging.getLogger(__name__)
@@ -29,8 +27,8 @@ class Collection:
     """The cases of one or several nnU-Net datasets, split by case. Nothing is read before it is needed.
 
     Args:
-        dataset_dir: a dataset folder or a folder of them; None makes synthetic cohorts in ``synthetic_dir``.
-        synthetic_dir: where synthetic cohorts go.
+        dataset_dir: a dataset folder or a folder of them; None draws from synthetic cohorts, which are no cases: they
+            are made for each group.
         cache_dir: where the integrity record goes.
         datasets: keep only these datasets.
         collection_file: rows that say what is drawn, how often and with what weight; None uses every dataset found.
@@ -41,7 +39,6 @@ class Collection:
         sample_rate: part of each dataset's training cases that is used; a split file has its own say.
         split_file: split of an earlier run to repeat.
         skip_bad_cases: leave faulty cases out instead of raising.
-        synthetic: ``write_cohorts`` arguments for the synthetic cohorts.
         seed: of the split.
         num_workers: threads that read.
     """
@@ -49,7 +46,6 @@ class Collection:
     def __init__(
         self,
         dataset_dir: str | None,
-        synthetic_dir: str,
         cache_dir: str,
         datasets: Sequence[str] | None = None,
         collection_file: str | None = None,
@@ -60,7 +56,6 @@ class Collection:
         sample_rate: float = 1.0,
         split_file: str | None = None,
         skip_bad_cases: bool = False,
-        synthetic: dict[str, Any] | None = None,
         seed: int = 0,
         num_workers: int = 4,
     ) -> None:
@@ -69,7 +64,6 @@ class Collection:
         if not 0 < sample_rate <= 1:
             raise ValueError(f"sample_rate must be in (0, 1], got {sample_rate}")
         self.dataset_dir = dataset_dir
-        self.synthetic_dir = synthetic_dir
         self.record = Path(cache_dir) / "integrity.json"
         self.datasets = datasets
         self.collection_file = collection_file
@@ -82,7 +76,6 @@ class Collection:
         self.sample_rate = sample_rate
         self.split_file = split_file
         self.skip_bad_cases = skip_bad_cases
-        self.synthetic = synthetic or {}
         self.seed = seed
         self.num_workers = num_workers
         self._parts: dict[str, list[Case]] | None = None
@@ -105,6 +98,9 @@ class Collection:
                 for source in sources.values()
                 for case in source.dataset.cases(source.channel, source.answer)
             ]
+            if not found:  # synthetic cohorts only
+                self._parts = {part: [] for part in PARTS}
+                return self._parts
             good = sound_cases(inspect_cases(found, self.record, self.num_workers), self.skip_bad_cases)
             self._parts = read_split(self.split_file, good) if self.split_file else self._split(good)
         return self._parts
@@ -130,7 +126,9 @@ class Collection:
 
         A row that needs the images alone shares them with one that reads labels, so that they are cached once.
         """
-        wanted = [(row, sources_of(row, datasets)) for row, datasets in self._find_rows()]
+        wanted = [
+            (row, sources_of(row, datasets) if row.dataset != SYNTHETIC else []) for row, datasets in self._find_rows()
+        ]
         every = {source.key: source for _, sources in wanted for source in sources}
         used: dict[str, Source] = {}
         for row, sources in wanted:
@@ -138,13 +136,15 @@ class Collection:
             if find_task(row.task).reads == "image":
                 sources = [b if b.key in every else a for a, b in zip(sources, labelled, strict=True)]
             used |= {source.key: source for source in sources}
-            self._rows.append(SourcedRow(row, tuple(source.key for source in sources)))
+            keys = tuple(source.key for source in sources)
+            self._rows.append(SourcedRow(row, keys if row.dataset != SYNTHETIC else (SYNTHETIC,)))
         return used
 
     def _find_rows(self) -> list[tuple[Row, list[NnunetDataset]]]:
         if self.collection_file is None:
-            folder = self.dataset_dir if self.dataset_dir is not None else self._synthesise()
-            datasets = find_datasets(folder, self.datasets)
+            if self.dataset_dir is None:
+                return [(row, []) for row in synthetic_rows(self.tasks)]
+            datasets = find_datasets(self.dataset_dir, self.datasets)
             by_name = {dataset.name: [dataset] for dataset in datasets}
             return [(row, by_name[row.dataset]) for row in default_rows(datasets, self.channel, self.tasks)]
         rows = [row for row in read_rows(self.collection_file) if not self.tasks or row.task in self.tasks]
@@ -159,22 +159,7 @@ class Collection:
             rows = [row for row in rows if row.dataset in real and by_name[row.dataset][0].name in chosen]
         if not rows:
             raise DatasetError(f"{self.collection_file}: no row is left by --task, --datasets and draw_weight")
-        if SYNTHETIC in {row.dataset for row in rows}:
-            by_name[SYNTHETIC] = find_datasets(self._synthesise())
-        return [(row, by_name[row.dataset]) for row in rows]
-
-    def _synthesise(self) -> str:
-        folder = Path(self.synthetic_dir)
-        made_with = folder / "settings.json"
-        settings = json.dumps(self.synthetic, sort_keys=True)
-        complete = len(list(folder.glob("Dataset*/dataset.json"))) == self.synthetic["cohorts"]
-        if not complete or not made_with.is_file() or made_with.read_text(encoding="utf-8") != settings:
-            logger.info("making synthetic cohorts in %s", folder)
-            for old in folder.glob("Dataset*_Synthetic*"):  # those of other settings would be trained on as well
-                shutil.rmtree(old)
-            write_cohorts(folder, **self.synthetic)
-            write_text(settings, made_with)
-        return str(folder)
+        return [(row, by_name.get(row.dataset, [])) for row in rows]
 
     def _split(self, cases: Sequence[Case]) -> dict[str, list[Case]]:
         where: dict[tuple[str, str], str] = {}

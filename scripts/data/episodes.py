@@ -22,7 +22,8 @@ from scripts.data.augmentation import NO_GIN, GroupAugmentation
 from scripts.data.collection import Collection
 from scripts.data.nnunet import Case, DatasetError
 from scripts.data.prepared import PreparedCases
-from scripts.data.rows import Row, SourcedRow
+from scripts.data.rows import SYNTHETIC, Row, SourcedRow
+from scripts.data.synthetic_source import SyntheticCohorts
 from scripts.data.tasks import find_task
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class EpisodeDataset(Dataset):
         max_classes: at most this many classes are merged, where a row leaves the choice open.
         rows: called once the cases are known, gives the rows to draw from; without any, every source is drawn
             from equally, for segmentation.
+        cohorts: where groups of synthetic rows come from: each is a cohort of its own.
         augmentation: applied to training groups; None for none.
         unpair_fraction: in this last fraction of the training, contexts of segmentation groups are presented with
             each other's labels ("When to Unpair", arXiv 2610.10335).
@@ -94,6 +96,7 @@ class EpisodeDataset(Dataset):
         groups_per_epoch: int = 1000,
         max_classes: int = 5,
         rows: Callable[[], Sequence[SourcedRow]] | None = None,
+        cohorts: SyntheticCohorts | None = None,
         augmentation: GroupAugmentation | None = None,
         unpair_fraction: float = 0.0,
         epochs: int = 1,
@@ -118,6 +121,7 @@ class EpisodeDataset(Dataset):
         self.groups_per_epoch = int(groups_per_epoch)
         self.max_classes = int(max_classes)
         self.rows = rows
+        self.cohorts = cohorts
         self.augmentation = augmentation if part == "train" else None
         self.unpair_from = epochs - round(unpair_fraction * epochs) if unpair_fraction and part == "train" else None
         self.seed = int(seed)
@@ -152,7 +156,7 @@ class EpisodeDataset(Dataset):
         Raises:
             FileNotFoundError, DatasetError: no usable data there.
         """
-        collection = Collection(dataset_dir, "", cache_dir, val_fraction=val_fraction, seed=seed)
+        collection = Collection(dataset_dir, cache_dir, val_fraction=val_fraction, seed=seed)
         return cls.from_collection(collection, mode, augment, spatial_size, cache_dir, seed=seed, **options)
 
     @classmethod
@@ -173,6 +177,7 @@ class EpisodeDataset(Dataset):
             PreparedCases(parts, size, cache_dir),
             mode,
             rows=collection.rows,
+            cohorts=SyntheticCohorts(size),
             augmentation=GroupAugmentation() if augment else None,
             **options,
         )
@@ -193,9 +198,10 @@ class EpisodeDataset(Dataset):
             return
         self.prepared.prepare()
         targets = self.prepared.cases[self.part]
-        if not targets:
-            raise DatasetError(f"no cases in the {self.part} part: add cases or change --val_fraction or --split_file")
         rows = list(self.rows() if self.rows is not None else ())
+        needs_cases = not rows or any(sourced.sources != (SYNTHETIC,) for sourced in rows)
+        if needs_cases and not targets:
+            raise DatasetError(f"no cases in the {self.part} part: add cases or change --val_fraction or --split_file")
         rows = rows or [SourcedRow(Row(source), (source,)) for source in sorted(targets)]
         for sourced in rows:
             for source in sourced.sources:
@@ -212,6 +218,11 @@ class EpisodeDataset(Dataset):
                 )  # fmt: skip
 
     def _check_source(self, row: Row, source: str) -> None:
+        if source == SYNTHETIC:
+            if self.cohorts is None:
+                raise DatasetError(f"a row draws from {SYNTHETIC!r}, but no synthetic cohorts were given")
+            self.cohorts.prepare()
+            return
         targets, pool = (self.prepared.cases[part].get(source, []) for part in (self.part, "train"))
         if not targets:
             raise DatasetError(f"{source}: no cases in the {self.part} part")
@@ -239,6 +250,8 @@ class EpisodeDataset(Dataset):
         row, sources = self._rows[which].row, self._rows[which].sources
         source = sources[rng.integers(len(sources))]
         task = find_task(row.task)
+        if source == SYNTHETIC:
+            return self._draw_cohort(row, number, length, rng)
         targets, pool = (self.prepared.cases[part][source] for part in (self.part, "train"))
         setting, names = task.setting(rng), ""
         if task.reads == "label":
@@ -257,6 +270,33 @@ class EpisodeDataset(Dataset):
             members = [target, *(pool[i] for i in rng.choice(len(pool), length, replace=False))]
         return Group(members, row, setting, names)
 
+    def _draw_cohort(self, row: Row, number: int, length: int, rng: np.random.Generator) -> Group:
+        """A group whose members are all subjects of one new cohort."""
+        task = find_task(row.task)
+        key = (self.seed, 6 if self.part == "train" else 7, number)
+        modalities = 1 + row.output if task.reads == "output" else 1
+        cohort = self.cohorts.cohort(key, length + 1, modalities)
+        made_of = (key, length + 1, modalities)
+        members = [
+            {"dataset": SYNTHETIC, "case": f"cohort{number}_{subject}", "cohort": made_of, "subject": subject}
+            for subject in range(length + 1)
+        ]
+        setting, names = task.setting(rng), ""
+        if task.reads == "label":
+            count = int(rng.integers(1, min(self.max_classes, len(cohort.names)) + 1))
+            chosen = sorted(rng.choice(len(cohort.names), count, replace=False).tolist())
+            names = "+".join(cohort.names[i] for i in chosen)
+            setting |= {"values": [i + 1 for i in chosen]}
+        return Group(members, row, setting, names)
+
+    def _load(self, case: Case, row: Row) -> tuple[Tensor, Tensor | None]:
+        """Image of a member and what goes with it."""
+        if "cohort" not in case:
+            return self.prepared.load(case)
+        cohort, subject = self.cohorts.cohort(*case["cohort"]), case["subject"]
+        answers = {"label": cohort.labels[subject], "output": cohort.images[subject, -1:], "image": None}
+        return cohort.images[subject, :1], answers[find_task(row.task).reads]
+
     def _draw_classes(self, row: Row, source: str, rng: np.random.Generator) -> tuple[str, frozenset[int]]:
         classes = self._classes[row, source]
         if not row.classes and find_task(row.task).name == "segmentation":
@@ -269,7 +309,7 @@ class EpisodeDataset(Dataset):
         group = self.draw(number)
         task = find_task(group.task)
         pairs = [
-            task(*self.prepared.load(case), group.setting, np.random.default_rng([self.seed, 4, number, member]))
+            task(*self._load(case, group.row), group.setting, np.random.default_rng([self.seed, 4, number, member]))
             for member, case in enumerate(group.members)
         ]
         image, label = (_stack(tensors) for tensors in zip(*pairs, strict=True))

@@ -18,7 +18,7 @@ from scripts.data.nnunet import DatasetError, NnunetDataset
 from scripts.data.tasks import find_task
 
 SYNTHETIC = "synthetic"
-"""Dataset name of a row that draws from the synthetic cohorts."""
+"""Dataset name of a row whose every group is a new synthetic cohort."""
 
 LABELS = "labels"
 """``output`` of a row whose answer is made from the label map."""
@@ -68,6 +68,13 @@ class Row:
             raise ValueError("'classes' and 'remove_classes' must be names or whole numbers")
         if (self.classes or self.remove_classes) and reads != "label":
             raise ValueError(f"{self.task} reads no labels: leave 'classes' and 'remove_classes' out")
+        if self.dataset == SYNTHETIC:
+            if self.classes or self.remove_classes:
+                raise ValueError("synthetic structures have no names: leave out 'classes' and 'remove_classes'")
+            if self.task == "skull_stripping":
+                raise ValueError("synthetic cohorts have no brain: skull_stripping needs a dataset")
+            if set(self.input) - {0} or self.output not in (LABELS, 1):
+                raise ValueError("a synthetic subject has the channel 0 as 'input' and, where wanted, 1 as 'output'")
         if any(channel < 0 for channel in self.input):
             raise ValueError(f"'input' must be channel numbers of at least 0, got {list(self.input)}")
         if not 0 <= self.draw_weight < float("inf") or not 0 <= self.loss_weight < float("inf"):
@@ -143,12 +150,24 @@ def default_rows(datasets: Sequence[NnunetDataset], channel: int | None, tasks: 
     return rows
 
 
+def synthetic_rows(tasks: Sequence[str] | None) -> list[Row]:
+    """Rows without any data: every task on synthetic cohorts.
+
+    Args:
+        tasks: names of tasks; None means segmentation.
+    """
+    return [
+        Row(SYNTHETIC, task, output=1 if find_task(task).reads == "output" else LABELS)
+        for task in tasks or ("segmentation",)
+    ]
+
+
 def sources_of(row: Row, datasets: Sequence[NnunetDataset]) -> list[Source]:
     """Sources that a row draws from.
 
     Args:
         row: the row.
-        datasets: its datasets; several for the synthetic cohorts.
+        datasets: its datasets.
 
     Raises:
         DatasetError: a channel is not there.

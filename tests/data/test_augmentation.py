@@ -45,7 +45,7 @@ def applied(augment, image, label, seed=0, generation=False):
 @pytest.fixture(scope="module")
 def group():
     """Three subjects: image, and a mask of two of their structures."""
-    images, labels = synthesize_cohort(11, 3, 32)
+    images, labels, _ = synthesize_cohort(11, 3, 32)
     return images, ((labels == 1) | (labels == 2)).float()
 
 

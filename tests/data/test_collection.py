@@ -16,7 +16,6 @@ from scripts.data import Collection, DatasetError, EpisodeDataset, PreparedCases
 from scripts.data.collection import PARTS, read_split
 
 GRID = (8, 8, 8)
-COHORTS = {"cohorts": 2, "subjects": 3, "spatial_size": 16, "num_labels": 2, "seed": 0, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def two_datasets(make_dataset, tmp_path_factory):
 def collect(tmp_path):
     def make(folder, **settings):
         folder = None if folder is None else str(folder)
-        return Collection(folder, str(tmp_path / "cohorts"), str(tmp_path / "cache"), num_workers=1, **settings)
+        return Collection(folder, str(tmp_path / "cache"), num_workers=1, **settings)
 
     return make
 
@@ -208,49 +207,19 @@ def test_nothing_is_read_before_it_is_needed(collect, tmp_path):
         prepared.prepare()
 
 
-def test_synthetic_cohorts_are_not_made_before_they_are_needed(collect, tmp_path):
-    collect(None, synthetic=COHORTS).part("train")
-    assert list(tmp_path.iterdir()) == []
-
-
 # --- synthetic cohorts
 
 
-def cohorts_in(folder):
-    return sorted(p.name for p in folder.glob("Dataset*"))
-
-
-def test_without_a_dataset_cohorts_are_made_once(collect, tmp_path):
-    split = split_of(collect(None, synthetic=COHORTS))
-    assert cohorts_in(tmp_path / "cohorts") == ["Dataset900_Synthetic000", "Dataset901_Synthetic001"]
-    assert [len(split[part]) for part in PARTS] == [4, 2, 0]
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cohorts").rglob("*.nii.gz")}
-    assert split_of(collect(None, synthetic=COHORTS)) == split
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cohorts").rglob("*.nii.gz")} == before
-
-
-def test_missing_cohorts_are_made_again(collect, tmp_path):
-    split = split_of(collect(None, synthetic=COHORTS))
-    shutil.rmtree(tmp_path / "cohorts" / "Dataset901_Synthetic001")
-    assert split_of(collect(None, synthetic=COHORTS)) == split
-
-
-@pytest.mark.parametrize("change", [{"cohorts": 1}, {"subjects": 4}, {"seed": 1}, {"spatial_size": (16, 16, 18)}])
-def test_cohorts_of_other_settings_are_not_used(collect, tmp_path, change):
-    collect(None, synthetic=COHORTS).parts()
-    wanted = COHORTS | change
-    cases = [case for part in collect(None, synthetic=wanted).parts().values() for case in part]
-    assert len(cohorts_in(tmp_path / "cohorts")) == wanted["cohorts"]
-    assert len(cases) == wanted["cohorts"] * wanted["subjects"]
-    assert nib.load(cases[0]["image"]).shape[-1] == (18 if "spatial_size" in change else 16)
-    description = json.loads((tmp_path / "cohorts" / "Dataset900_Synthetic000" / "dataset.json").read_text())
-    assert f"seed [{wanted['seed']}, 0]" in description["description"]
-
-
-def test_files_of_others_are_not_deleted(collect, make_dataset, tmp_path):
-    make_dataset(tmp_path / "cohorts", "Dataset001_Mine", cases=3)
-    collect(None, synthetic=COHORTS).parts()
-    assert "Dataset001_Mine" in cohorts_in(tmp_path / "cohorts")
+def test_without_a_dataset_there_are_no_cases_but_a_row(collect, tmp_path):
+    collection = collect(None, tasks=["segmentation", "modality_transfer"])
+    assert split_of(collection) == {part: [] for part in PARTS}
+    assert [(row["dataset"], row["task"], row["output"]) for row in collection.describe()] == [
+        ("synthetic", "segmentation", "labels"),
+        ("synthetic", "modality_transfer", 1),
+    ]
+    collection.write_split(tmp_path / "splits.json")
+    again = collect(None, split_file=str(tmp_path / "splits.json"))
+    assert split_of(again) == {part: [] for part in PARTS}
 
 
 # --- prepared cases

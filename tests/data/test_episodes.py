@@ -29,7 +29,7 @@ def cache(tmp_path_factory):
 
 
 def episodes_of(folder, cache, part="train", val_fraction=0.3, **settings):
-    collection = Collection(str(folder), "unused", str(cache), val_fraction=val_fraction, num_workers=1)
+    collection = Collection(str(folder), str(cache), val_fraction=val_fraction, num_workers=1)
     parts = {name: collection.part(name) for name in ("train", "val")}
     prepared = PreparedCases(parts, GRID, str(cache), num_workers=1)
     return EpisodeDataset(parts.get(part, []), prepared, part, **settings)
@@ -238,7 +238,7 @@ def test_no_labels_at_all(make_dataset, tmp_path):
 
 def test_no_validation_cases(make_dataset, tmp_path):
     root = make_dataset(tmp_path, cases=4)
-    train = list(Collection(str(root), "unused", str(tmp_path / "cache"), num_workers=1).part("train"))
+    train = list(Collection(str(root), str(tmp_path / "cache"), num_workers=1).part("train"))
     prepared = PreparedCases({"train": train, "val": []}, GRID, str(tmp_path / "cache"), num_workers=1)
     with pytest.raises(DatasetError, match="no cases in the val part: .*--val_fraction"):
         EpisodeDataset([], prepared, "val").prepare()

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.data import Collection, DatasetError, EpisodeDataset, GroupAugmentation, PreparedCases
+from scripts.data import (
+    Collection,
+    DatasetError,
+    EpisodeDataset,
+    GroupAugmentation,
+    PreparedCases,
+    SyntheticCohorts,
+)
 from scripts.data.rows import Row, read_rows
 from scripts.data.tasks import TASKS
 
@@ -42,10 +49,9 @@ def write(tmp_path):
 @pytest.fixture
 def episodes(folder, cache, tmp_path):
     def made(rows_file=None, part="train", dataset_dir=folder, context_size=3, **options):
-        own = {k: options.pop(k) for k in ("datasets", "tasks", "channel", "synthetic", "sample_rate") if k in options}
+        own = {k: options.pop(k) for k in ("datasets", "tasks", "channel", "sample_rate") if k in options}
         collection = Collection(
             str(dataset_dir) if dataset_dir else None,
-            str(tmp_path / "cohorts"),
             str(cache),
             collection_file=rows_file,
             num_workers=1,
@@ -53,7 +59,8 @@ def episodes(folder, cache, tmp_path):
         )
         parts = {name: collection.part(name) for name in ("train", "val")}
         prepared = PreparedCases(parts, GRID, str(cache), num_workers=1)
-        dataset = EpisodeDataset(parts[part], prepared, part, context_size, rows=collection.rows, **options)
+        options = {"rows": collection.rows, "cohorts": SyntheticCohorts(GRID)} | options
+        dataset = EpisodeDataset(parts[part], prepared, part, context_size, **options)
         dataset.prepare()
         return dataset
 
@@ -218,22 +225,34 @@ def test_a_channel_that_is_not_there(episodes, write):
 
 
 def test_synthetic_cohorts_mix_with_real_data(episodes, write):
-    synthetic = {"cohorts": 2, "subjects": 6, "spatial_size": 16, "num_labels": 2, "seed": 0}
     path = write({"dataset": "Dataset001_A"}, {"dataset": "synthetic", "draw_weight": 2})
-    found = frequencies(episodes(path, synthetic=synthetic), lambda g: g.members[0]["dataset"], 1200)
-    assert found == {
-        "Dataset001_A": pytest.approx(1 / 3, abs=0.05),
-        "Dataset900_Synthetic000": pytest.approx(1 / 3, abs=0.05),
-        "Dataset901_Synthetic001": pytest.approx(1 / 3, abs=0.05),
-    }
-    alone = episodes(write({"dataset": "synthetic"}), dataset_dir=None, synthetic=synthetic)
-    assert alone[0]["dataset"].startswith("Dataset90")
+    found = frequencies(episodes(path), lambda g: g.members[0]["dataset"], 150)
+    assert found == {"Dataset001_A": pytest.approx(1 / 3, abs=0.12), "synthetic": pytest.approx(2 / 3, abs=0.12)}
+    alone = episodes(write({"dataset": "synthetic"}), dataset_dir=None)
+    assert alone[0]["dataset"] == "synthetic"
     with pytest.raises(DatasetError, match="give --dataset_dir"):
-        episodes(write({"dataset": "Dataset001_A"}), dataset_dir=None, synthetic=synthetic)
+        episodes(write({"dataset": "Dataset001_A"}), dataset_dir=None)
+    with pytest.raises(DatasetError, match="no synthetic cohorts"):
+        episodes(write({"dataset": "synthetic"}), dataset_dir=None, cohorts=None)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"classes": ["structure1"]}, "have no names"),
+        ({"remove_classes": [1]}, "have no names"),
+        ({"task": "skull_stripping"}, "skull_stripping needs a dataset"),
+        ({"input": 1}, "the channel 0 as 'input'"),
+        ({"task": "modality_transfer", "output": 2}, "1 as 'output'"),
+    ],
+)
+def test_what_synthetic_cohorts_do_not_have(write, row, message):
+    with pytest.raises(DatasetError, match=message):
+        read_rows(write({"dataset": "synthetic"} | row))
 
 
 def test_a_case_is_in_one_part_whatever_its_channel(folder, cache):
-    parts = Collection(str(folder), "unused", str(cache), val_fraction=0.3, num_workers=1).parts()
+    parts = Collection(str(folder), str(cache), val_fraction=0.3, num_workers=1).parts()
     where = {part: {(c["dataset"], c["case"]) for c in cases} for part, cases in parts.items()}
     assert not where["train"] & where["val"]
     assert len({c["channel"] for c in parts["val"] if c["dataset"] == "Dataset001_A"}) == 2

@@ -17,7 +17,7 @@ import torch
 
 from scripts import native_nifti
 from scripts.commandline import root_cause
-from scripts.data.synthesis import write_cohorts
+from scripts.data.written_cohorts import write_cohorts
 from scripts.inferer import ICLInferer
 from scripts.networks import Neuroverse3D
 from tests.workflows import run_workflow

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.data.synthesis import write_cohorts
+from scripts.data.written_cohorts import write_cohorts
 from scripts.manifest import MANIFEST, file_sha256
 from scripts.reproduce import compare, differences, reproduce
 from tests.workflows import SMALL, run_workflow

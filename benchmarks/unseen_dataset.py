@@ -139,7 +139,7 @@ def case_scores(inferer: ICLInferer, target: Pair, contexts: Sequence[Pair]) -> 
     values = inferer.label_values
     with torch.no_grad():
         scores = inferer(on_grid[None].to(inferer.device), inferer.network)[0].cpu()
-    labels = inferer.context.labels
+    _, labels = inferer.context.pairs()
     mean = torch.stack([(labels == value).float().mean(0)[0] for value in values])
     averaged = inferer.context.preprocessing.to_native_labels(mean, on_grid, values, MASK_THRESHOLD)
     return _dice(inferer.answer(scores, on_grid), target[1], values), _dice(averaged, target[1], values)

@@ -47,7 +47,8 @@ def join_processes(device: str, val_groups: int) -> None:
 
 
 def leave_processes() -> None:
-    """Leave the group at the end of a run."""
+    """Leave the group at the end of a run, together: a process that leaves while others still talk to it may abort."""
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -33,7 +33,7 @@ from scripts.data.preprocessing import RAS_LABELS
 from scripts.data.volumes import load_volume
 from scripts.distributed import meet_processes
 from scripts.inferer import ICLInferer
-from scripts.manifest import write_manifest
+from scripts.manifest import file_sha256, write_manifest
 from scripts.pictures import SHOWN_CONTEXTS, overlay_figure, save_png
 from scripts.probabilities import probability_folder
 from scripts.report_files import REPORT, ReportFiles, merge_shards, publish, remove_shards
@@ -146,7 +146,7 @@ class InferenceRun(Sequence[Case]):
             raise ValueError("no targets: give --dataset_dir, a folder of images or one image")
         targets = self._find()
         self._probe()
-        weights = hashlib.sha256(Path(self.checkpoint).read_bytes()).hexdigest()
+        weights = file_sha256(self.checkpoint)
         context = self.inferer.context
         self.report = {
             "fingerprint": self._fingerprint(weights),

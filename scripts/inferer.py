@@ -33,9 +33,9 @@ from scripts.data.volumes import (
 )
 from scripts.distributed import usable_device
 from scripts.engine import MASK_THRESHOLD
-from scripts.memory import free_memory
+from scripts.memory import cache_bytes
 from scripts.networks import Neuroverse3D
-from scripts.passes import CACHE_SHARE, Passes
+from scripts.passes import Passes
 from scripts.refinement import Refinement
 
 logger = logging.getLogger(__name__)
@@ -267,9 +267,7 @@ class ICLInferer(Inferer):
         else:
             members = self._members(target, None)
         if self._refinement is None or self._refinement.context is not context:
-            free = free_memory(torch.device("cpu"))
-            budget = CACHE_SHARE * free if self.cache_mb is None else self.cache_mb * 2**20
-            self._refinement = Refinement(context, int(budget))
+            self._refinement = Refinement(context, cache_bytes(self.cache_mb, torch.device("cpu")))
         found = self._refinement(dict(zip(self.label_values, scores, strict=True)), target, scan, members, self._look)
         self.refined = self._refinement.found
         return found

@@ -21,6 +21,9 @@ MAPS_FIXED = {"cpu": 4.0, "cuda": 8.0}
 USABLE = 0.8
 """Part of the free memory that may be planned with."""
 
+CACHE_SHARE = 0.25
+"""Part of the free memory that a cache may take."""
+
 _UNKNOWN = 8 * 2**30
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -36,6 +39,16 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     known = [free for free in (_available_on_host(), _left_in_container()) if free is not None]
     return min(known, default=_UNKNOWN)
+
+
+def cache_bytes(cache_mb: float | None, device: torch.device) -> int:
+    """Memory budget of a cache.
+
+    Args:
+        cache_mb: in MB; None takes a quarter of the free memory.
+        device: where the entries are.
+    """
+    return int(CACHE_SHARE * free_memory(device) if cache_mb is None else cache_mb * 2**20)
 
 
 def map_bytes(network: Neuroverse3D, spatial_size: tuple[int, ...], amp: bool = False) -> int:

@@ -9,14 +9,11 @@ import torch
 from torch import Tensor
 
 from scripts.contexts import ContextSet
-from scripts.memory import fitting_pairs, free_memory, is_out_of_memory, map_bytes
+from scripts.memory import cache_bytes, fitting_pairs, is_out_of_memory, map_bytes
 from scripts.networks import Neuroverse3D
-from scripts.stem_cache import StemCache
+from scripts.tensor_cache import TensorCache
 
 logger = logging.getLogger(__name__)
-
-CACHE_SHARE = 0.25
-"""Part of the free memory that encoded context pairs may take."""
 
 
 class Passes:
@@ -47,7 +44,7 @@ class Passes:
         self.mini_context_size = mini_context_size
         self.cache_mb = cache_mb
         self.amp = amp
-        self._stems: StemCache | None = None
+        self._stems: TensorCache | None = None
 
     def scores(
         self,
@@ -84,8 +81,7 @@ class Passes:
         if self.mini_context_size is None:
             self.mini_context_size = fitting_pairs(self.network, tuple(window.shape[2:]), window.device, self.amp)
         if self._stems is None:
-            budget = CACHE_SHARE * free_memory(window.device) if self.cache_mb is None else self.cache_mb * 2**20
-            self._stems = StemCache(int(budget))
+            self._stems = TensorCache(cache_bytes(self.cache_mb, window.device))
 
     def _one_label(self, target_maps: list[Tensor], value: int, chosen: Sequence[int]) -> Tensor:
         features: list[Tensor] = []

@@ -24,7 +24,7 @@ from scripts.contexts import ContextSet
 from scripts.data.preprocessing import FinerScores, Preprocessing, bounding_box, target_axes
 from scripts.data.resampling import box_about, grid_axes
 from scripts.engine import MASK_THRESHOLD
-from scripts.stem_cache import StemCache
+from scripts.tensor_cache import TensorCache
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Refinement:
     def __init__(self, context: ContextSet, budget_bytes: int) -> None:
         self.context = context
         self.found: dict[int, dict[str, Any]] = {}
-        self._crops = StemCache(budget_bytes)
+        self._crops = TensorCache(budget_bytes)
         self._extents: dict[int, dict[int, np.ndarray]] = {}
 
     def __call__(
@@ -203,12 +203,12 @@ class Refinement:
         """Crop every context for all labels at once, as far as there is room, for reading scans takes time."""
         crop_bytes = 4 * int(np.prod(self.context.preprocessing.spatial_size))
         missing: dict[int, list[tuple[int, float]]] = {}
-        room = self._crops.budget_bytes - self._crops.used_bytes
+        planned = 0
         for value, (spacing, chosen) in wanted.items():
             for number in chosen:
-                if room >= crop_bytes and self._crops.get((number, value, spacing)) is None:
+                if self._crops.get((number, value, spacing)) is None and self._crops.has_room(planned + crop_bytes):
                     missing.setdefault(number, []).append((value, spacing))
-                    room -= crop_bytes
+                    planned += crop_bytes
         few = len(missing) <= _READERS_SHOWN
         for number, labels in tqdm(missing.items(), "contexts at finer voxels", leave=False, disable=few):
             image, answer = self.context.native(number)

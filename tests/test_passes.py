@@ -5,7 +5,7 @@ import torch
 
 from scripts.networks import Neuroverse3D
 from scripts.passes import Passes
-from scripts.stem_cache import StemCache
+from scripts.tensor_cache import TensorCache
 
 
 class FewPairs:
@@ -98,7 +98,7 @@ def test_out_of_memory_halves_the_mini_context_and_tries_once_more(network, monk
 
 
 def test_cache_keeps_to_its_budget():
-    cache = StemCache(100)
+    cache = TensorCache(100)
     cache.put("a", torch.zeros(15))
     assert not cache.has_room(60) and cache.has_room(40)
     cache.put("b", torch.zeros(20))  # 80 bytes more: no room

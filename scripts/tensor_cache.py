@@ -1,4 +1,4 @@
-"""Keeps the part of the context pairs' encoding that no target has a part in, so that one run serves all targets."""
+"""Keeps what is made of the contexts alone, and so is the same for all targets, within a memory budget."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Hashable
 from torch import Tensor
 
 
-class StemCache:
-    """Encoded pairs up to a memory budget.
+class TensorCache:
+    """Tensors up to a memory budget.
 
-    Targets come one after another, and each reads the same pairs in the same order. The entry used longest ago is
+    Targets come one after another, and each reads the same entries in the same order. The entry used longest ago is
     then always the one needed next, so nothing is thrown out: what came first stays until :meth:`clear`.
 
     Args:
@@ -34,11 +34,11 @@ class StemCache:
         """Whether an entry of that size would be kept."""
         return self.used_bytes + size_bytes <= self.budget_bytes
 
-    def put(self, key: Hashable, stem: Tensor) -> None:
+    def put(self, key: Hashable, entry: Tensor) -> None:
         """Keep an entry, if there is room."""
-        size = stem.numel() * stem.element_size()
+        size = entry.numel() * entry.element_size()
         if key not in self._entries and self.has_room(size):
-            self._entries[key] = stem
+            self._entries[key] = entry
             self.used_bytes += size
 
     def clear(self) -> None:

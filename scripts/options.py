@@ -34,6 +34,10 @@ OPTIONS: dict[str, Option] = {
     "label_maps": Option("path", "folder of label maps whose anatomies synthetic cohorts may have"),
     "held_out_maps": Option("names", "label maps that are not used, by file name without ending"),
     "label_map_share": Option("float", "share of the synthetic cohorts that comes from label_maps"),
+    "cohort_spread": Option(
+        "list of float",
+        "lowest and highest of how far a synthetic cohort's subjects are put apart, 0 to 1; default: mostly far",
+    ),
     "num_workers": Option("int", "data loading processes; 0 loads in the main process"),
     # grid
     "spatial_size": Option(

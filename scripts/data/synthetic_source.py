@@ -20,6 +20,8 @@ class SyntheticCohorts:
         label_maps: folder of label maps of real subjects to draw anatomies from; None makes all of them up.
         held_out_maps: names of files there, without ending, that are never drawn from.
         label_map_share: share of the cohorts that come from the label maps.
+        spread: lowest and highest of how far a cohort's subjects are put apart, from 0 (all in one pose) to 1; None
+            draws it as :func:`scripts.data.synthesis.synthesize_cohort` does, mostly high.
     """
 
     def __init__(
@@ -28,13 +30,17 @@ class SyntheticCohorts:
         label_maps: str | None = None,
         held_out_maps: Sequence[str] = (),
         label_map_share: float = 0.5,
+        spread: Sequence[float] | None = None,
     ) -> None:
         if not 0 <= label_map_share <= 1:
             raise ValueError(f"label_map_share must be from 0 to 1, got {label_map_share}")
+        if spread is not None and not (len(spread) == 2 and 0 <= spread[0] <= spread[1] <= 1):
+            raise ValueError(f"cohort_spread must be two numbers [low, high] from 0 to 1, got {spread}")
         self.spatial_size = spatial_size
         self.folder = label_maps
         self.held_out = tuple(held_out_maps or ())
         self.label_map_share = label_map_share
+        self.spread = spread
         self._maps: LabelMaps | None = None
         self._latest: tuple[tuple, Cohort] | None = None
 
@@ -59,9 +65,11 @@ class SyntheticCohorts:
         wanted = (*key, subjects, modalities)
         if self._latest is None or self._latest[0] != wanted:
             self.prepare()
-            labels = int(np.random.default_rng([*key, 0]).integers(_LABELS[0], _LABELS[1] + 1))
+            rng = np.random.default_rng([*key, 0])
+            labels = int(rng.integers(_LABELS[0], _LABELS[1] + 1))
+            spread = None if self.spread is None else float(rng.uniform(*self.spread))
             cohort = synthesize_cohort(
-                key, subjects, self.spatial_size, labels, modalities, self._maps, self.label_map_share
+                key, subjects, self.spatial_size, labels, modalities, self._maps, self.label_map_share, spread
             )
             self._latest = wanted, cohort
         return self._latest[1]

@@ -54,6 +54,8 @@ def test_generation_tasks(tmp_path, task):
 def test_bad_settings_are_named_before_training(tmp_path):
     with pytest.raises(ValueError, match="label_map_share must be from 0 to 1, got 2"):
         SyntheticCohorts(16, label_map_share=2)
+    with pytest.raises(ValueError, match=r"cohort_spread must be two numbers \[low, high\] from 0 to 1, got \[0.5\]"):
+        SyntheticCohorts(16, spread=[0.5])
     with pytest.raises(FileNotFoundError, match="no label maps in"):
         SyntheticCohorts(16, label_maps=str(tmp_path / "none")).prepare()
     with pytest.raises(ValueError, match="spatial_size"):

@@ -35,7 +35,7 @@ OPTIONS: dict[str, Option] = {
     "held_out_maps": Option("names", "label maps that are not used, by file name without ending"),
     "label_map_share": Option("float", "share of the synthetic cohorts that comes from label_maps"),
     "cohort_spread": Option(
-        "list of float",
+        "numbers",
         "lowest and highest of how far a synthetic cohort's subjects are put apart, 0 to 1; default: mostly far",
     ),
     "num_workers": Option("int", "data loading processes; 0 loads in the main process"),
@@ -179,6 +179,10 @@ def _whole_numbers(value: Any) -> list[int]:
     return [_whole(v) for v in _sequence(value)]
 
 
+def _numbers(value: Any) -> list[float]:
+    return [_number(v) for v in _sequence(value)]
+
+
 def _grid(value: Any) -> list[int]:
     sizes = _whole_numbers(value)
     if len(sizes) not in (1, 3) or min(sizes) < 1:
@@ -230,6 +234,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "count": _count,
     "float": _number,
     "ints": _whole_numbers,
+    "numbers": _numbers,
     "grid": _grid,
     "range": _range,
     "names": _names,

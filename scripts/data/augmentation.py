@@ -121,7 +121,7 @@ class GroupAugmentation:
 
         Args:
             image: ``(N, 1, H, W, D)`` float32, about [0, 1].
-            label: the same shape and type: 0 or 1 for segmentation, an image in [0, 1] for generation tasks.
+            label: the same shape: uint8 0 or 1 for segmentation, an image in [0, 1] for generation tasks.
             generation: the label is an image.
             rng: decides everything; the same state gives the same group.
 
@@ -251,7 +251,7 @@ def _deform(image: Tensor, label: Tensor, generation: bool, rng: np.random.Gener
         padding_mode="zeros",  # as the padding of the preprocessing
     ).set_random_state(seed=_monai_seed(rng))
     deformed = transform({"image": image, "label": label})
-    return _plain(deformed["image"]), _plain(deformed["label"])
+    return _plain(deformed["image"]), _plain(deformed["label"]).to(label.dtype)
 
 
 def _coarsen(volume: Tensor, axis: int, factor: int, mask: bool) -> Tensor:
@@ -261,7 +261,7 @@ def _coarsen(volume: Tensor, axis: int, factor: int, mask: bool) -> Tensor:
     coarse = size.copy()
     coarse[axis] = max(1, round(size[axis] / factor))
     few = Resize(coarse, mode="nearest-exact")(volume)
-    return _plain(Resize(size, mode="nearest-exact" if mask else "trilinear")(few))
+    return _plain(Resize(size, mode="nearest-exact" if mask else "trilinear")(few)).to(volume.dtype)
 
 
 def _invert(volume: Tensor) -> Tensor:
@@ -273,17 +273,17 @@ def _edges(masks: Tensor) -> Tensor:
     sobel = SobelGradients()
     edges = torch.empty_like(masks)
     for mask, edge in zip(masks, edges, strict=True):
-        strength = _plain(sobel(mask[None])).norm(dim=0)
+        strength = _plain(sobel(mask[None].float())).norm(dim=0)
         edge.copy_(strength > _EDGE_SHARE * strength.max())
     return edges
 
 
 def _dilate(masks: Tensor) -> Tensor:
-    return dilate(masks.unsqueeze(1)).squeeze(1)
+    return dilate(masks.unsqueeze(1).float()).squeeze(1).to(masks.dtype)
 
 
 def _erode(masks: Tensor) -> Tensor:
-    return erode(masks.unsqueeze(1)).squeeze(1)
+    return erode(masks.unsqueeze(1).float()).squeeze(1).to(masks.dtype)
 
 
 def _add_noise(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:

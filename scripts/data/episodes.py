@@ -369,6 +369,8 @@ def collate_groups(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         Their entries with a batch axis.
     """
     if len(groups) > 1:
+        if len({group["label"].dtype for group in groups}) > 1:  # masks are bytes, images are not
+            groups = [{**group, "label": group["label"].float()} for group in groups]
         return default_collate(groups)
     return {key: x[None] if isinstance(x, Tensor) else default_collate([x]) for key, x in groups[0].items()}
 
@@ -431,10 +433,11 @@ def as_episode(group: dict[str, Any], target: int) -> tuple[Tensor, Tensor, Tens
         target: number of the member.
 
     Returns:
-        target image and label ``(B, 1, H, W, D)``, context images and labels ``(B, L, 1, H, W, D)``.
+        target image and label ``(B, 1, H, W, D)``, context images and labels ``(B, L, 1, H, W, D)``; masks, which
+        travel as bytes, are float32 here.
     """
     others = [i for i in range(group["image"].shape[1]) if i != target]
-    image, label = group["image"], group["label"]
+    image, label = group["image"], group["label"].float()
     context_out = label[:, others]
     if "unpaired" in group and group["unpaired"].any():
         rolled = context_out.roll(1, dims=1)

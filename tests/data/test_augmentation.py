@@ -133,6 +133,16 @@ def test_arguments_are_not_written_to_and_results_are_plain(small, generation):
         assert image.dtype == label.dtype == torch.float32 and image.shape == label.shape == small[0].shape, name
 
 
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_masks_of_bytes_change_as_those_of_floats_do(small, name):
+    image, label = small
+    for seed in range(3):
+        expected = applied(only(**{name: 1.0}), image, label, seed)
+        found = applied(only(**{name: 1.0}), image, label.to(torch.uint8), seed)
+        assert found[1].dtype == torch.uint8
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1].float(), expected[1])
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     size=st.tuples(*(st.integers(6, 12),) * 3),

@@ -287,7 +287,7 @@ def test_tensors(episodes, part):
         group = dataset[number]
         members, classes = dataset.draw(number).members, dataset.draw(number).classes
         assert group["image"].shape == group["label"].shape == (4, 1, *GRID)
-        assert group["image"].dtype == group["label"].dtype == torch.float32
+        assert group["image"].dtype == torch.float32 and group["label"].dtype == torch.uint8
         assert 0 <= group["image"].min() and group["image"].max() <= 1
         assert set(group["label"].unique().tolist()) == {0, 1}
         assert group["dataset"] == members[0]["dataset"] and group["classes"] == classes
@@ -373,6 +373,15 @@ def test_groups_are_collated_as_pytorch_would(episodes, num_workers, batch_size)
             else:
                 assert batch[key] == value, key
         assert batch["image"].is_contiguous() and batch["image"].is_shared() == bool(num_workers)
+
+
+def test_masks_and_images_share_a_batch(episodes):
+    mask = episodes(context_size=2)[0]
+    image = {**mask, "label": mask["image"]}
+    batch = collate_groups([mask, image])
+    assert batch["label"].dtype == torch.float32
+    assert torch.equal(batch["label"], torch.stack([mask["label"].float(), mask["image"]]))
+    assert all(x.dtype == torch.float32 for x in as_episode(collate_groups([mask]), 0))
 
 
 def test_a_batch_of_one_group_is_not_copied(episodes):

@@ -96,8 +96,9 @@ def test_shapes_types_ranges_and_arguments_left_alone(name, size):
     image, other, setting = arguments(task, size)
     before = image.clone(), None if other is None else other.clone(), json.dumps(setting)
     made = task(image, other, setting, rng())
-    for volume in made:
-        assert volume.shape == (1, *size) and volume.dtype == torch.float32 and type(volume) is torch.Tensor
+    kinds = torch.float32, torch.float32 if task.generation else torch.uint8
+    for volume, kind in zip(made, kinds, strict=True):
+        assert volume.shape == (1, *size) and volume.dtype == kind and type(volume) is torch.Tensor
         assert volume.isfinite().all() and volume.min() >= 0 and volume.max() <= 1
     assert torch.equal(image, before[0]) and json.dumps(setting) == before[2]
     assert other is None or torch.equal(other, before[1])

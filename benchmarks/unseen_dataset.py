@@ -13,7 +13,7 @@ targets from 40 development cases (``--part development``), or, once, from 100 c
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -90,46 +90,68 @@ def measure(
     seed: int = 0,
     device: str = "cpu",
 ) -> list[dict]:
-    """Rows ``alignment``, ``context_size``, ``cases`` and (mean, low, high) of ``network``, ``averaging``, ``gain``.
-
-    Raises:
-        ValueError: no such part.
-    """
-    if part not in PARTS:
-        raise ValueError(f"--part must be one of {', '.join(PARTS)}, got {part!r}")
-    folder = Path(dataset_dir)
-    split = {name: chosen[folder.name] for name, chosen in json.loads(SPLIT_FILE.read_text(encoding="utf-8")).items()}
-    targets, pool = split[PARTS[part]][:cases], split["train"]
-    every = sorted(name for names in split.values() for name in names)
-    files = {name: read_pair(folder, name) for name in (*targets, *pool)}
-    longest = np.max([np.array(image.shape[1:]) * image.pixdim.numpy() for image, _ in files.values()], axis=0)
-    spacing = float((longest / network.grid.numpy()).max())
-    inferer = ICLInferer(network, device, spacing=spacing)
+    """Rows ``alignment``, ``context_size``, ``cases`` and (mean, low, high) of ``network``, ``averaging``, ``gain``."""
+    unseen = UnseenCases(dataset_dir, part, cases, seed)
+    inferer = ICLInferer(network, device, spacing=unseen.spacing(network.grid.tolist()))
     rows = []
     for alignment in alignments:
-        pairs = files
-        if alignment == "misaligned":
-            numbers = {name: every.index(name) for name in files}
-            pairs = {name: misalign(*files[name], np.random.default_rng([seed, 1, numbers[name]])) for name in files}
         scores = {size: [] for size in context_sizes}
-        for target in tqdm(targets, alignment):
-            order = np.random.default_rng([seed, 2, every.index(target)]).permutation(len(pool))
+        for target, pool in tqdm(unseen.episodes(alignment), alignment, total=len(unseen.targets)):
             for size in context_sizes:
-                contexts = [pairs[pool[i]] for i in order[:size]]
-                scores[size].append(case_scores(inferer, pairs[target], contexts))
+                scores[size].append(case_scores(inferer, target, pool[:size]))
         for size, found in scores.items():
             network_dice, averaging_dice = np.array(found).T
             rows.append(
                 {
                     "alignment": alignment,
                     "context_size": size,
-                    "cases": len(targets),
+                    "cases": len(unseen.targets),
                     "network": interval(network_dice),
                     "averaging": interval(averaging_dice),
                     "gain": interval(network_dice - averaging_dice),
                 }
             )
     return rows
+
+
+class UnseenCases:
+    """Targets of a part of the split, each with the context pool in an order of its own.
+
+    Args:
+        dataset_dir: nnU-Net dataset folder of the split file.
+        part: development or reporting.
+        cases: at most so many targets; None for all.
+        seed: of the orders and the misalignments.
+
+    Raises:
+        ValueError: no such part.
+    """
+
+    def __init__(self, dataset_dir: str, part: str, cases: int | None = None, seed: int = 0) -> None:
+        if part not in PARTS:
+            raise ValueError(f"--part must be one of {', '.join(PARTS)}, got {part!r}")
+        folder = Path(dataset_dir)
+        split = {name: sets[folder.name] for name, sets in json.loads(SPLIT_FILE.read_text(encoding="utf-8")).items()}
+        self.targets, self.pool = split[PARTS[part]][:cases], split["train"]
+        self.seed = seed
+        self._every = sorted(name for names in split.values() for name in names)
+        self._pairs = {name: read_pair(folder, name) for name in (*self.targets, *self.pool)}
+
+    def spacing(self, grid: Sequence[int]) -> float:
+        """Isotropic voxels in mm at which every case fits into the grid."""
+        sizes = [np.array(image.shape[1:]) * image.pixdim.numpy() for image, _ in self._pairs.values()]
+        return float((np.max(sizes, axis=0) / np.array(grid)).max())
+
+    def episodes(self, alignment: str) -> Iterator[tuple[Pair, list[Pair]]]:
+        """Every target with the whole pool; all aligned as they are, or all misaligned."""
+        pairs = self._pairs
+        if alignment == "misaligned":
+            pairs = {name: misalign(*pair, self._rng(1, name)) for name, pair in pairs.items()}
+        for target in self.targets:
+            yield pairs[target], [pairs[self.pool[i]] for i in self._rng(2, target).permutation(len(self.pool))]
+
+    def _rng(self, purpose: int, name: str) -> np.random.Generator:
+        return np.random.default_rng([self.seed, purpose, self._every.index(name)])
 
 
 def case_scores(inferer: ICLInferer, target: Pair, contexts: Sequence[Pair]) -> tuple[float, float]:
@@ -142,7 +164,7 @@ def case_scores(inferer: ICLInferer, target: Pair, contexts: Sequence[Pair]) -> 
     _, labels = inferer.context.pairs()
     mean = torch.stack([(labels == value).float().mean(0)[0] for value in values])
     averaged = inferer.context.preprocessing.to_native_labels(mean, on_grid, values, MASK_THRESHOLD)
-    return _dice(inferer.answer(scores, on_grid), target[1], values), _dice(averaged, target[1], values)
+    return mean_dice(inferer.answer(scores, on_grid), target[1], values), mean_dice(averaged, target[1], values)
 
 
 def misalign(image: MetaTensor, label: MetaTensor, rng: np.random.Generator) -> Pair:
@@ -174,7 +196,8 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, float(found.low), float(found.high)
 
 
-def _dice(answer: Tensor, wanted: Tensor, values: Sequence[int]) -> float:
+def mean_dice(answer: Tensor, wanted: Tensor, values: Sequence[int]) -> float:
+    """Mean Dice of some labels in a label map (1, H, W, D)."""
     masks = [(answer.as_tensor() == value)[None] for value in values], [(wanted.as_tensor() == v)[None] for v in values]
     dice = [compute_dice(a, b, ignore_empty=False).item() for a, b in zip(*masks, strict=True)]
     return float(np.mean(dice))

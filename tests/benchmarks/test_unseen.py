@@ -10,7 +10,9 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from benchmarks import learning_curve, unseen_cohorts, unseen_dataset
+from benchmarks import fine_tuning, learning_curve, unseen_cohorts, unseen_dataset
+from benchmarks.context_reading import readings
+from benchmarks.scratch_unet import train_unet
 from benchmarks.unseen_dataset import SPLIT_FILE, case_scores, interval, misalign
 from scripts.checkpoint import atomic_save
 from scripts.inferer import ICLInferer
@@ -93,3 +95,41 @@ def test_the_curve_grows_by_a_row(network, tmp_path, monkeypatch, capsys):
     rows = list(csv.DictReader(Path(tmp_path / "learning_curve.csv").open()))
     assert len(rows) == 2 and rows[0] == rows[1] and -1 <= float(rows[0]["misaligned_gain"]) <= 1
     assert capsys.readouterr().out.startswith("epoch\tcohorts")
+
+
+class Averaging(torch.nn.Module):
+    """Stands in for a network that knows one thing: the mean of the contexts' labels."""
+
+    grid = torch.tensor([16, 16, 16])
+
+    def forward(self, images, context_images, context_labels):
+        return context_labels.mean(1)
+
+
+def test_readings_tell_what_the_contexts_did():
+    mask = torch.zeros(16, 16, 16)
+    mask[2:6], mask[9:12] = 1, 2
+    labels = mask.expand(4, 1, 16, 16, 16)
+    found = readings(Averaging(), torch.rand(4, 1, 16, 16, 16), labels)
+    assert found == {"shown": 1, "other": 0, "shuffled": 1, "empty": 0}
+    moved = torch.stack([mask.roll(number, 0)[None] for number in (0, 0, 0, 8)])
+    assert readings(Averaging(), torch.rand(4, 1, 16, 16, 16), moved)["shown"] == 1
+    moved = torch.stack([mask.roll(number, 0)[None] for number in (0, 8, 8, 8)])
+    assert readings(Averaging(), torch.rand(4, 1, 16, 16, 16), moved)["shown"] < 0.5
+
+
+def test_a_unet_is_trained_on_the_contexts():
+    images, labels = (torch.stack([x.as_tensor() for x in both]) for both in zip(*(ball((8, 8, 8)),) * 2, strict=True))
+    torch.manual_seed(0)
+    fresh = train_unet(images, labels, 1, 0, 1e-3, "cpu")
+    torch.manual_seed(0)
+    trained = train_unet(images, labels, 1, 0.5, 1e-3, "cpu")
+    with torch.inference_mode():
+        assert not trained.training and trained(images).shape == (2, 2, 16, 16, 16)
+        assert not torch.equal(trained(images), fresh(images))
+
+
+def test_fine_tuning_keeps_what_is_there(tmp_path):
+    (tmp_path / "stage2").mkdir()
+    with pytest.raises(FileExistsError, match="is not empty: give another --output_dir"):
+        fine_tuning.fine_tuning("data", "weights.pt", str(tmp_path))

@@ -14,6 +14,7 @@ et al. 2021, IEEE TMI). No published code is used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Integral
 from typing import NamedTuple
@@ -111,12 +112,34 @@ def synthesize_cohort(
                 label_maps.draw(draws, size, structures, subjects) if real else draw_anatomy(draws, size, structures)
             )
             strength = draw_strength(draws) if spread is None else spread
-            found = _show(seed, attempt, draws, anatomy, subjects, size, modalities, lesions, labelled, strength)
+            least = max(1, round(2 * MIN_LABEL_FRACTION * math.prod(size)))
+            found = _show(seed, attempt, draws, anatomy, subjects, size, modalities, lesions, labelled, strength, least)
         except NoRoomError:
             continue
         names = [f"structure{number}" for number in range(1, structures + 1)] + [LESION] * labelled
         return Cohort(*found, tuple(names))
     raise ValueError(f"{num_labels} labels do not fit into a grid of {size}: use fewer labels or a larger grid")
+
+
+def show_anatomy(
+    seed: int | Sequence[int], anatomy: Anatomy, subjects: int, spatial_size: int | Sequence[int], spread: float = 0.0
+) -> Cohort:
+    """A cohort of an anatomy in hand, with a contrast of its own and every label however small.
+
+    Args:
+        seed: as in :func:`synthesize_cohort`.
+        anatomy: what the cohort shows, on one or as many maps as there are subjects.
+        subjects: how many subjects N.
+        spatial_size: voxels along each axis, one number or three.
+        spread: how far the subjects are put apart, from 0 to 1.
+
+    Raises:
+        ValueError: an argument is out of range.
+        NoRoomError: a subject shows nothing of a label.
+    """
+    size, draws = checked_size(spatial_size), Draws(seed, 2)
+    found = _show(seed, 0, draws, anatomy, subjects, size, 1, False, False, spread, least=2)
+    return Cohort(*found, tuple(f"structure{number}" for number in range(1, len(anatomy.labels) + 1)))
 
 
 def _show(
@@ -130,14 +153,14 @@ def _show(
     lesions: bool,
     labelled: bool,
     strength: float,
+    least: int,
 ) -> tuple[Tensor, Tensor]:
-    """Images and labels of an anatomy's subjects."""
+    """Images and labels of an anatomy's subjects, with half of ``least`` voxels of each label at the least."""
     tissues = anatomy.tissues + 1  # the last one is the lesions'
     shape = draw_shape(draws)
     contrasts = [draw_contrast(draws, anatomy, size, tissues) for _ in range(modalities)]
     all_labels = [*anatomy.labels, (anatomy.tissues,)] if labelled else anatomy.labels
     table = label_table(all_labels).to(draws.device)
-    least = max(1, round(2 * MIN_LABEL_FRACTION * size[0] * size[1] * size[2]))
     images, labels = [], []
     for subject in range(subjects):
         own = Draws(seed, 1, attempt, subject, device=draws.device)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench clean image image-test lock schema
+.PHONY: demo test lint bench clean image image-test lock schema label-test
 
 demo: $(VENV)/.ready
 	$(RUN) -m scripts.demo --output_dir demo_output --overwrite true
@@ -40,6 +40,9 @@ image-test:
 
 lock:
 	.ci/lock
+
+label-test:
+	.ci/label-test
 
 SCHEMA := $(shell sed -n 's/^    "schema": "\(.*\)",/\1/p' configs/metadata.json)
 

@@ -15,6 +15,7 @@ from scripts.apps.monailabel.annotations import Annotations
 from scripts.apps.monailabel.model_folder import CURRENT, SHIPPED, ModelFolder
 from scripts.apps.monailabel.statuses import TooFewAnnotationsError
 from scripts.commandline import root_cause
+from scripts.options import flag
 
 BUNDLE = Path(__file__).resolve().parents[3]
 
@@ -45,6 +46,7 @@ class FineTuning(TrainTask):
             "max_epochs": 5,
             "groups_per_epoch": 40,
             "learning_rate": 1e-5,
+            "augment": True,
             "val_split": 0.2,
             "start_from": [CURRENT, SHIPPED],
         }
@@ -53,8 +55,7 @@ class FineTuning(TrainTask):
         """Train.
 
         Args:
-            request: settings by name, as in :meth:`config`; ``options`` may hold any options of
-                ``train_stage2.json`` besides.
+            request: settings by name, as in :meth:`config`; others are not looked at, for MONAI would evaluate them.
             datastore: not used; the annotations know theirs.
 
         Returns:
@@ -77,6 +78,7 @@ class FineTuning(TrainTask):
             "epochs": int(chosen["max_epochs"]),
             "groups_per_epoch": int(chosen["groups_per_epoch"]),
             "learning_rate": float(chosen["learning_rate"]),
+            "augment": flag(chosen["augment"]),
             "context_size": [min(2, most), min(9, most)],
             "val_context_size": min(3, len(training)),
             "val_groups": 3 * len(validation),
@@ -85,7 +87,6 @@ class FineTuning(TrainTask):
             "validate#dataset#data": validation,
         }
         options |= {"device": self.device} if self.device else {}
-        options |= request.get("options") or {}
         run = self._new_folder()
         workflow = ConfigWorkflow(
             str(BUNDLE / "configs" / "train_stage2.json"),

@@ -1,0 +1,53 @@
+"""MONAI Label's own ``monaibundle`` sample app, unmodified, with this bundle in its model folder."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+pytest.importorskip("monailabel", reason="MONAI Label is not installed: .ci/label-test runs these")
+
+from tests.apps.monailabel.server import MODEL, Server  # noqa: E402
+from tests.workflows import run_workflow  # noqa: E402
+
+
+def test_the_sample_app_runs_the_bundle_with_a_context_dir(tmp_path, make_dataset, make_studies, weights):
+    app = tmp_path / "monaibundle"
+    shutil.copytree(Path(sys.prefix) / "monailabel" / "sample-apps" / "monaibundle", app)
+    bundle = app / "model" / MODEL
+    for part in ("configs", "scripts"):
+        shutil.copytree(part, bundle / part)
+    (bundle / "models").mkdir()
+    shutil.copy(weights, bundle / "models" / "model.pt")
+    oblique = np.array([[0.8, -0.3, 0.1, 5], [0.4, 1.1, 0, -3], [-0.1, 0.2, 2.5, 7], [0, 0, 0, 1]])
+    studies = make_studies(tmp_path, cases=2, affine=oblique)
+    context_dir = make_dataset(tmp_path, name="Dataset002_Contexts", cases=3, affine=oblique)
+
+    server = Server(app, studies.folder, tmp_path, models=MODEL, zoo_source="ngc")
+    try:
+        server.wait()
+        assert server.info()["models"][MODEL]["config"]["context_dir"] == ""
+        for case in studies.cases:
+            answer = server.answer(case, tmp_path, context_dir=str(context_dir))
+            run_workflow(
+                "inference",
+                dataset_dir=str(studies.image(case)),
+                context_dir=str(context_dir),
+                checkpoint=str(weights),
+                output_dir=str(tmp_path / case),
+                device="cpu",
+                overlays=False,
+            )
+            plain = nib.load(tmp_path / case / f"{case}.nii.gz")
+            assert np.asarray(plain.dataobj).any()
+            assert np.array_equal(np.asarray(answer.dataobj), np.asarray(plain.dataobj))
+            assert np.allclose(answer.affine, plain.affine, atol=1e-4)
+        # without contexts there is nothing to go by; it is MONAI Label that answers this with a bare 500
+        assert server.infer(studies.cases[0]).status_code == 500
+        assert "give --context_dir" in server.log.read_text()
+        assert server.answer(studies.cases[0], tmp_path, context_dir=str(context_dir)).shape == (16, 16, 16)
+    finally:
+        server.stop()

@@ -1,4 +1,4 @@
-"""The MONAI Label app through its server: Dice against the number of finished annotations, and seconds a proposal takes.
+"""The MONAI Label app through its server: Dice against the number of annotations, and seconds that a proposal takes.
 
     python -m benchmarks.monailabel --checkpoint WEIGHTS.pt --dataset_dir DATA/Dataset004_Hippocampus \
         [--split_file RUN/stage2/splits.json --part test --context_sizes "[1,2,4,8]" --cases 12]

@@ -13,6 +13,7 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
 from scripts.data.integrity import inspect_cases
 from scripts.data.nnunet import Case
+from scripts.data.volumes import strip_ending
 
 FINAL = DefaultLabelTag.FINAL.value
 
@@ -74,9 +75,10 @@ class Annotations:
         return given_names(self.datastore.get_label_info(case, FINAL))
 
     def _pairs(self) -> list[tuple[str, str, str]]:
-        store = self.datastore
-        found = ((case, store.get_image_uri(case), store.get_label_uri(case, FINAL)) for case in store.list_images())
-        return sorted(pair for pair in found if pair[2] and all(map(os.path.isfile, pair[1:])))
+        """Id, image and label of each; a remote datastore fetches them first."""
+        listed = ((entry["image"], entry["label"]) for entry in self.datastore.datalist())
+        found = ((strip_ending(image) or Path(image).stem, image, label) for image, label in listed)
+        return sorted(pair for pair in found if all(map(os.path.isfile, pair[1:])))
 
     def _inspect(self, pairs: Sequence[tuple[str, str, str]]) -> Annotated:
         cases = [{"case": case, "image": image, "label": label, "source": "studies"} for case, image, label in pairs]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import nibabel as nib
 import nrrd
 import numpy as np
 from monai.data import MetaTensor
 
 from scripts.atomic import write_atomically
-from scripts.native_nifti import save_native
+from scripts.native_nifti import native_nifti
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd")
 
@@ -40,7 +41,10 @@ def write_answer(answer: MetaTensor, source: str | Path, ending: str | None = No
     folder = Path(tempfile.mkdtemp(prefix="neuroverse3d_"))
     path = folder.with_suffix(ending)  # beside it, so that removing the file leaves nothing
     try:
-        (save_nrrd if ending == ".nrrd" else save_native)(answer, path)
+        if ending == ".nrrd":
+            save_nrrd(answer, path)
+        else:
+            write_atomically(path, lambda temporary: nib.save(native_nifti(answer), temporary), ending)
     finally:
         folder.rmdir()
     return str(path)

@@ -99,7 +99,7 @@ def test_each_saved_annotation_serves_the_next_proposal(tmp_path, serve, make_st
     assert not np.array_equal(voxels(server.answer(target, tmp_path)), voxels(answer))  # for others it has changed
 
     # a label that nobody used before
-    rewrite(studies.label(drawn[4]), lambda label: label + 1 * (label > 0) * (label == 2))
+    rewrite(studies.label(drawn[4]), lambda label: (label + (label == 2)).astype(np.uint8))
     assert server.save(drawn[4], studies.label(drawn[4]), names={1: "first", 3: "third"}).status_code == 200
     assert server.info()["labels"] == ["first", "second", "third"]
     assert contexts(server.infer(target))["3"] == [drawn[4]]

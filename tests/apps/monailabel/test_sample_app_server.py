@@ -7,6 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 pytest.importorskip("monailabel", reason="MONAI Label is not installed: .ci/label-test runs these")
 
@@ -22,7 +23,9 @@ def test_the_sample_app_runs_the_bundle_with_a_context_dir(tmp_path, make_datase
         shutil.copytree(part, bundle / part)
     (bundle / "models").mkdir()
     shutil.copy(weights, bundle / "models" / "model.pt")
-    oblique = np.array([[0.8, -0.3, 0.1, 5], [0.4, 1.1, 0, -3], [-0.1, 0.2, 2.5, 7], [0, 0, 0, 1]])
+    oblique = np.eye(4)  # MONAI Label writes orthogonal axes only
+    oblique[:3, :3] = Rotation.from_euler("xyz", (20, -10, 15), degrees=True).as_matrix() * (0.8, 1.1, 2.5)
+    oblique[:3, 3] = (5, -3, 7)
     studies = make_studies(tmp_path, cases=2, affine=oblique)
     context_dir = make_dataset(tmp_path, name="Dataset002_Contexts", cases=3, affine=oblique)
 

@@ -85,9 +85,12 @@ class InContextApp(MONAILabelApp):
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         """A proposal; errors as HTTP statuses."""
         with clear_statuses():
-            image = request.get("image")
-            if not image or not (Path(image).exists() or (datastore or self.datastore()).get_image_uri(image)):
+            image = str(request.get("image") or "")
+            known = (datastore or self.datastore()).get_image_uri(image)
+            if not known and not Path(image).is_file():
                 raise NotFoundError(f"no image {image!r} among the studies")
+            if known and not request.get("save_label"):  # else a file of the id's name where the server runs is taken
+                request = request | {"image": known}
             return super().infer(request, datastore)
 
     def train(self, request: dict[str, Any]) -> dict[str, Any]:

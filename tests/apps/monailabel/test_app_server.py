@@ -112,6 +112,7 @@ def test_each_saved_annotation_serves_the_next_proposal(tmp_path, serve, make_st
 
 def test_nothing_that_goes_wrong_stops_the_server_or_changes_an_answer(tmp_path, serve, make_studies, write_nifti):
     studies = make_studies(tmp_path, cases=6)
+    (tmp_path / "case_00").mkdir()  # a folder where the server runs, of the name of a scan
     (studies.folder / "torn.nii.gz").write_bytes(studies.image("case_05").read_bytes()[:400])
     write_nifti(studies.folder / "blank.nii.gz", np.zeros((16, 16, 16), np.int16))
     server = serve(studies)

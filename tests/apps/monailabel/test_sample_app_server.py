@@ -40,11 +40,11 @@ def test_the_sample_app_runs_the_bundle_with_a_context_dir(tmp_path, make_datase
                 dataset_dir=str(studies.image(case)),
                 context_dir=str(context_dir),
                 checkpoint=str(weights),
-                output_dir=str(tmp_path / case),
+                output_dir=str(tmp_path / "plain" / case),
                 device="cpu",
                 overlays=False,
             )
-            plain = nib.load(tmp_path / case / f"{case}.nii.gz")
+            plain = nib.load(tmp_path / "plain" / case / f"{case}.nii.gz")
             assert np.asarray(plain.dataobj).any()
             assert np.array_equal(np.asarray(answer.dataobj), np.asarray(plain.dataobj))
             assert np.allclose(answer.affine, plain.affine, atol=1e-4)

@@ -50,7 +50,7 @@ def test_the_sample_app_runs_the_bundle_with_a_context_dir(tmp_path, make_datase
             assert np.allclose(answer.affine, plain.affine, atol=1e-4)
         # without contexts there is nothing to go by; it is MONAI Label that answers this with a bare 500
         assert server.infer(studies.cases[0]).status_code == 500
-        assert "give --context_dir" in server.log.read_text()
         assert server.answer(studies.cases[0], tmp_path, context_dir=str(context_dir)).shape == (16, 16, 16)
+        assert "give --context_dir" in server.log.read_text()
     finally:
         server.stop()

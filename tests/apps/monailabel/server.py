@@ -44,7 +44,9 @@ class Server:
             self.process = subprocess.Popen(
                 command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=240)
+        # a connection for each request: after a bare 500 the server closes the one that it came by
+        fresh = httpx.Limits(max_keepalive_connections=0)
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=240, limits=fresh)
 
     def wait(self, seconds=180):
         """Until it answers."""

@@ -14,7 +14,7 @@ test: $(VENV)/.ready-dev
 lint: $(VENV)/.ready-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(VENV)/bin/hadolint Dockerfile
+	$(VENV)/bin/hadolint Dockerfile scripts/apps/monailabel/Dockerfile
 	$(VENV)/bin/shellcheck .ci/*
 
 # About 40 minutes on two cores that do nothing else; BENCH="--quick true" only shows that all of it runs.

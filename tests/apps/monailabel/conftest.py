@@ -17,8 +17,6 @@ MAIN = HERE.parents[2] / "scripts" / "apps" / "monailabel" / "main.py"
 
 if find_spec("monailabel"):
     SHIM = runpy.run_path(str(HERE / "shim" / "sitecustomize.py"))  # kept, for torchvision's operators live in it
-else:
-    collect_ignore_glob = ["test_*_server.py"]
 
 
 def save_random_weights(path, seed=0):

@@ -70,9 +70,9 @@ class Prepared:
 class Predictors:
     """``inference.json`` with the finished annotations as its contexts.
 
-    Reading the contexts and encoding them takes most of a prediction, and is done once: a predictor is kept until an
-    annotation is added, removed or saved again, or other weights are asked for. What is kept is bounded by
-    ``cache_mb`` for each of two predictors.
+    A predictor, with what it has read and encoded of its contexts, is kept until an annotation is added, removed or
+    saved again, or other weights are asked for; the next one takes over what is still true. What is kept is bounded
+    by ``cache_mb`` for each of two predictors.
 
     Args:
         annotations: where contexts come from.
@@ -110,19 +110,23 @@ class Predictors:
                 raise TooFewAnnotationsError(_too_few(annotated))
             members = tuple((name_of_file(case["image"]), name_of_file(case["label"])) for case in annotated.cases)
             key = (name_of_file(path), members)
-            predictor = self._kept.get(key) or self._make(path, annotated)
-            self._kept[key] = predictor
+            if key not in self._kept:
+                self._kept[key] = self._make(path, annotated)
+            predictor = self._kept[key]
             self._kept.move_to_end(key)
             while len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
             yield Prepared(predictor, annotated, path)
 
     def _make(self, weights: Path, annotated: Annotated) -> ConfidentInferer:
-        """``inference.json``'s predictor around these annotations."""
+        """``inference.json``'s predictor around these annotations; pairs that are known already are not read again."""
         parser = self._configuration(weights).parser
         parser["context_images"] = [case["image"] for case in annotated.cases]
         parser["context_labels"] = [case["label"] for case in annotated.cases]
-        return parser.get_parsed_content("confidence")
+        made = parser.get_parsed_content("confidence")
+        for earlier in reversed(self._kept.values()):
+            made.inferer.take_over(earlier.inferer)
+        return made
 
     def _configuration(self, weights: Path) -> ConfigWorkflow:
         """``inference.json`` with a network that has these weights; of one file at a time."""

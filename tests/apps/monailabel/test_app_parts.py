@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -78,7 +79,9 @@ def propose(app, case, **params):
     return voxels, found["params"]
 
 
-def test_contexts_are_encoded_once_until_an_annotation_is_saved_again(tmp_path, make_app, make_studies, counted):
+def test_contexts_are_encoded_once_until_an_annotation_is_saved_again(
+    tmp_path, make_app, make_studies, counted, rewrite
+):
     studies = make_studies(tmp_path, cases=6)
     app = make_app(studies)
     save(app, studies, "case_03", "case_04", "case_05")
@@ -89,27 +92,44 @@ def test_contexts_are_encoded_once_until_an_annotation_is_saved_again(tmp_path, 
     again, _ = propose(app, "case_00")
     assert counted() == (0, 0) and np.array_equal(first, again)
 
-    # an annotated scan has contexts of its own, and does not drive out those of the others
+    # an annotated scan has other contexts, all of them known, and does not drive out those of new scans
     propose(app, "case_05")
-    assert counted() == (2 * 2, 2)
     propose(app, "case_02")
     assert counted() == (0, 0)
 
-    # saved again: by content, and by time alone, with the same size and content
-    label = studies.folder / "labels" / "final" / "case_04.nii.gz"
+    # a further annotation, and one that is saved again: only that pair is read and encoded
+    save(app, studies, "case_01")
+    propose(app, "case_00")
+    assert counted() == (2, 1)
+    rewrite(studies.label("case_04"), lambda label: np.where(label > 0, 3 - label, 0).astype(np.uint8))
     save(app, studies, "case_04")
+    changed, _ = propose(app, "case_00")
+    assert counted() == (2, 1) and not np.array_equal(changed, first)
+
+    # what is taken over is what would be made anew
+    app.predictors._kept.clear()
+    anew, _ = propose(app, "case_00")
+    assert counted() == (4 * 2, 4) and np.array_equal(changed, anew)
+
+    # a file that was written by hand, of the same size: its time tells
+    label = studies.folder / "labels" / "final" / "case_04.nii"
+    label.with_suffix(".nii.gz").unlink()
+    swapped = load_volume(studies.label("case_04"))
+    voxels = swapped[0].numpy().astype(np.uint8)
+    nib.save(nib.Nifti1Image(voxels, swapped.affine.numpy()), label)
+    app.datastore().refresh()
     propose(app, "case_00")
-    assert counted()[0] == 3 * 2
-    status = label.stat()
-    os.utime(label, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    propose(app, "case_00")
-    assert counted()[0] == 3 * 2
-    os.utime(label, ns=(status.st_atime_ns, status.st_mtime_ns + 1))  # nothing new
-    propose(app, "case_00")
-    assert counted() == (0, 0)
+    assert counted() == (0, 0)  # another file, but the same voxels
+    size = label.stat().st_size
+    nib.save(nib.Nifti1Image(np.where(voxels > 0, 3 - voxels, 0).astype(np.uint8), swapped.affine.numpy()), label)
+    assert label.stat().st_size == size
+    back, _ = propose(app, "case_00")
+    assert counted() == (2, 1) and not np.array_equal(back, changed)
 
     app.datastore().remove_label("case_04", "final")
-    assert propose(app, "case_00")[1]["contexts"] == {"1": ["case_03", "case_05"], "2": ["case_03", "case_05"]}
+    left = ["case_01", "case_03", "case_05"]
+    assert propose(app, "case_00")[1]["contexts"] == {"1": left, "2": left}
+    assert counted() == (0, 0)
 
 
 def test_what_is_kept_is_bounded(tmp_path, make_app, make_studies, counted):

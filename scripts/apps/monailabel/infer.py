@@ -78,11 +78,9 @@ class InContextSegmentation(InferTask):
         image, weights = str(request["image"]), request.get("weights") or CURRENT
         with self.predictors.for_target(image, weights[0] if isinstance(weights, list) else weights) as prepared:
             predictor, annotated = prepared.predictor, prepared.annotated
-            answer = predictor.predict(image)
-            inferer = predictor.inferer
+            answer, warnings = prepared.predict(image)
             named = {case["image"]: case["case"] for case in annotated.cases}
-            used = {str(label): [named[path] for path in paths] for label, paths in inferer.used.items()}
-            warnings = [*inferer.context.warnings(inferer.label_values), *annotated.left_out]
+            used = {str(label): [named[path] for path in paths] for label, paths in predictor.inferer.used.items()}
             found = dict(predictor.found)
         predicted = time.monotonic()
         file = write_answer(answer, image, request.get("result_extension"))
@@ -90,7 +88,7 @@ class InContextSegmentation(InferTask):
             "label_names": {name: value for value, name in annotated.names.items()},
             "contexts": used,
             **found,
-            "warnings": _with_ids(warnings, named),
+            "warnings": _with_ids([*warnings, *annotated.left_out], named),
             "weights": prepared.weights.name,
             "latencies": {
                 "infer": round(predicted - started, 3),

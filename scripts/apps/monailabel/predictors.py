@@ -12,10 +12,11 @@ from typing import Any
 
 from fire.parser import DefaultParseValue
 from monai.bundle import ConfigWorkflow
+from monai.data import MetaTensor
 
 from scripts.apps.monailabel.annotations import Annotated, Annotations, name_of_file
 from scripts.apps.monailabel.model_folder import CURRENT, ModelFolder
-from scripts.apps.monailabel.statuses import TooFewAnnotationsError, WeightsError
+from scripts.apps.monailabel.statuses import SameScanError, TooFewAnnotationsError, WeightsError
 from scripts.checkpoint import load_weights
 from scripts.commandline import root_cause
 from scripts.confidence import ConfidentInferer
@@ -65,6 +66,23 @@ class Prepared:
     predictor: ConfidentInferer
     annotated: Annotated
     weights: Path
+
+    def predict(self, image: str) -> tuple[MetaTensor, list[str]]:
+        """Answer for the target, and what its reader should know.
+
+        Raises:
+            SameScanError: it is in all annotations, under another name.
+            ValueError: the file cannot be used.
+        """
+        answer, inferer = self.predictor.predict(image), self.predictor.inferer
+        warnings = inferer.context.warnings(inferer.label_values)
+        if alone := [str(label) for label, used in inferer.used.items() if not used]:
+            if len(alone) == len(inferer.used):
+                raise SameScanError("the finished annotations are of this very scan: annotate another one")
+            warnings.append(f"no other scan has label {', '.join(alone)}: left empty")
+        elif not answer.any():
+            warnings.append("nothing was found: the answer is all background")
+        return answer, warnings
 
 
 class Predictors:

@@ -20,6 +20,10 @@ class TooFewAnnotationsError(ValueError):
     """There are not enough finished annotations for what is asked."""
 
 
+class SameScanError(TooFewAnnotationsError):
+    """The finished annotations are of the very scan that is asked for."""
+
+
 class WeightsError(RuntimeError):
     """The weights cannot be used; what a request asks for has nothing to do with it."""
 

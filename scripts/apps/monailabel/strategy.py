@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.tasks.activelearning.random import Random
 
 from scripts.apps.monailabel.predictors import Predictors
-from scripts.apps.monailabel.statuses import TooFewAnnotationsError
+from scripts.apps.monailabel.statuses import SameScanError, TooFewAnnotationsError
 
 logger = logging.getLogger(__name__)
 
@@ -42,33 +43,39 @@ class LeastConfident(Strategy):
             datastore: of the scans.
 
         Returns:
-            ``id`` of a scan without finished annotation, and its ``agreement``; None if all are annotated.
+            ``id`` of a scan without finished annotation, and its ``agreement``; None if there is none that can be read.
         """
         waiting = sorted(datastore.get_unlabeled_images())
-        if not waiting:
-            return None
         proposed = {image: _last_proposed(datastore, image, request["strategy"]) for image in waiting}
-        longest_ago = min(proposed.values())
-        pool = [image for image in waiting if proposed[image] == longest_ago]
         count = max(1, int(request.get("candidates") or CANDIDATES))
-        picks = np.unique(np.linspace(0, len(pool) - 1, count).round().astype(int))
-        found: dict[str, float] = {}
-        for image in (pool[i] for i in picks):
-            try:
-                found[image] = self._agreement(datastore.get_image_uri(image))
-            except TooFewAnnotationsError:
-                return self._random(request, datastore)
-            except ValueError as error:
-                logger.warning("%s is not proposed: %s", image, error)
-        if not found:
+        try:
+            for time in sorted(set(proposed.values())):
+                pool = [image for image in waiting if proposed[image] == time]
+                picks = np.unique(np.linspace(0, len(pool) - 1, count).round().astype(int))
+                if found := self._agreements({pool[i]: datastore.get_image_uri(pool[i]) for i in picks}):
+                    chosen = min(found, key=found.get)
+                    return {"id": chosen, "agreement": round(found[chosen], 4), "looked_at": len(found)}
+        except TooFewAnnotationsError:
             return self._random(request, datastore)
-        chosen = min(found, key=found.get)
-        return {"id": chosen, "agreement": round(found[chosen], 4), "looked_at": len(found)}
+        return None
 
-    def _agreement(self, image: str) -> float:
-        with self.predictors.for_target(image) as prepared:
-            prepared.predictor.predict(image)
-            return float(np.mean(list(prepared.predictor.found["agreement"].values())))
+    def _agreements(self, images: Mapping[str, str]) -> dict[str, float]:
+        """By id, of the images (id -> path) that can be predicted.
+
+        Raises:
+            TooFewAnnotationsError: there is nothing to predict from.
+        """
+        found = {}
+        for image, path in images.items():
+            try:
+                with self.predictors.for_target(path) as prepared:
+                    prepared.predict(path)
+                    found[image] = float(np.mean(list(prepared.predictor.found["agreement"].values())))
+            except ValueError as error:
+                if isinstance(error, TooFewAnnotationsError) and not isinstance(error, SameScanError):
+                    raise
+                logger.warning("%s is not proposed: %s", image, error)
+        return found
 
 
 def _last_proposed(datastore: Datastore, image: str, strategy: str) -> int:

@@ -162,6 +162,23 @@ def test_as_many_contexts_as_asked_for_and_the_most_similar(tmp_path, make_app, 
     assert "case_00" not in propose(app, "case_06")[1]["contexts"]["1"]  # known by its voxels
 
 
+def test_the_same_scan_under_another_name_is_nothing_to_go_by(tmp_path, make_app, make_studies, rewrite):
+    studies = make_studies(tmp_path, cases=3)
+    shutil.copy(studies.image("case_00"), studies.image("case_06"))
+    app = make_app(studies)
+    save(app, studies, "case_00")
+    with pytest.raises(HTTPException) as refused:
+        propose(app, "case_06")
+    assert refused.value.status_code == 409 and "this very scan" in refused.value.detail
+    proposed = {app.next_sample({"strategy": "least_confident"})["id"] for _ in range(4)}
+    assert proposed <= {"case_01", "case_02"}
+    rewrite(studies.label("case_01"), lambda label: (label == 1).astype(np.uint8))
+    save(app, studies, "case_01")
+    _, said = propose(app, "case_06")
+    assert said["contexts"] == {"1": ["case_01"], "2": []}
+    assert "no other scan has label 2: left empty" in said["warnings"]
+
+
 def test_labels_follow_the_annotations(tmp_path, make_app, make_studies, rewrite):
     studies = make_studies(tmp_path, cases=4)
     app = make_app(studies)

@@ -138,8 +138,9 @@ def _server(place: Path, folder: Path, cases: Sequence[str], checkpoint: str, de
             print(json.dumps({"seconds_to_start": round(time.monotonic() - started, 1)}), flush=True)
             yield client
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
 
 
 def _answers(client: httpx.Client) -> bool:

@@ -62,8 +62,9 @@ class Server:
 
     def stop(self):
         self.client.close()
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def infer(self, image, output="json", **params):
         return self.client.post(
@@ -97,6 +98,13 @@ class Server:
 
     def train(self, run_sync=False, **params):
         return self.client.post(f"/train/{MODEL}", params={"run_sync": run_sync}, json=params)
+
+    def training_begins(self, seconds=60):
+        """Its process runs."""
+        deadline = time.monotonic() + seconds
+        while self.client.get("/train/", params={"check_if_running": True}).status_code != 200:
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
 
     def training_ends(self, seconds=180):
         """The status that a training in the background ends with."""

@@ -210,6 +210,7 @@ def test_fine_tuning_makes_a_version_that_is_used_and_can_be_taken_back(tmp_path
 
     options = {"max_epochs": 1, "groups_per_epoch": 3, "learning_rate": 3e-2, "augment": False}
     assert server.train(**options).status_code == 200
+    server.training_begins()
     assert server.train(**options).status_code == 429  # one at a time
     meanwhile = server.infer(target)
     assert meanwhile.status_code == 200 and meanwhile.json()["weights"] == "model.pt"

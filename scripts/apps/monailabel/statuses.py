@@ -36,6 +36,7 @@ _STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (CheckpointError, 503),
     (MONAILabelException, 400),
     (ValueError, 422),
+    (OSError, 503),
 )
 """The first that fits counts."""
 
@@ -45,7 +46,7 @@ def clear_statuses() -> Iterator[None]:
     """Turn known errors into an HTTP status and one line of reason.
 
     404 nothing of that name, 409 too few annotations, 422 a scan, annotation or parameter that cannot be used, 503
-    weights or memory. Anything else is a fault of the program and stays a 500 with a traceback in the log.
+    weights, memory or disk. Anything else is a fault of the program and stays a 500 with a traceback in the log.
 
     Raises:
         HTTPException: for a known error.

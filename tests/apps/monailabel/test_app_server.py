@@ -224,6 +224,12 @@ def test_fine_tuning_makes_a_version_that_is_used_and_can_be_taken_back(tmp_path
     assert np.array_equal(voxels(server.answer(target, tmp_path, weights="shipped")), before)
     assert np.array_equal(voxels(server.answer(target, tmp_path, weights="weights_0001.pt")), after)
 
+    assert server.train(**options | {"groups_per_epoch": 1000}).status_code == 200
+    server.training_begins()
+    assert server.client.delete("/train/").status_code == 200
+    assert server.training_ends()["status"] == "STOPPED"
+    assert server.infer(target).json()["weights"] == "weights_0001.pt"  # nothing came of it
+
     assert server.train(run_sync=True, start_from="shipped", **options).json()["weights"] == "weights_0002.pt"
     for left in ("weights_0001.pt", "model.pt"):
         assert server.client.delete(f"/model/{MODEL}").status_code == 200

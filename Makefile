@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench clean image image-test lock schema
+.PHONY: demo test lint bench clean image image-test lock schema label-test
 
 demo: $(VENV)/.ready
 	$(RUN) -m scripts.demo --output_dir demo_output --overwrite true
@@ -14,7 +14,7 @@ test: $(VENV)/.ready-dev
 lint: $(VENV)/.ready-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(VENV)/bin/hadolint Dockerfile
+	$(VENV)/bin/hadolint Dockerfile scripts/apps/monailabel/Dockerfile
 	$(VENV)/bin/shellcheck .ci/*
 
 # About 40 minutes on two cores that do nothing else; BENCH="--quick true" only shows that all of it runs.
@@ -40,6 +40,9 @@ image-test:
 
 lock:
 	.ci/lock
+
+label-test:
+	.ci/label-test
 
 SCHEMA := $(shell sed -n 's/^    "schema": "\(.*\)",/\1/p' configs/metadata.json)
 

@@ -6,11 +6,13 @@ import base64
 import hashlib
 import json
 import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,43 @@ class _Facts:
         return cls(tuple(content["values"]), tuple(content["output_range"]), torch.from_numpy(voxels.copy()))
 
 
+class _LastUsed:
+    """What a function found for the numbers that were asked for last; for several threads.
+
+    Unlike ``functools.lru_cache`` it can be looked into and added to.
+
+    Args:
+        find: the function.
+        most: how much is kept.
+    """
+
+    def __init__(self, find: Callable[[int], Any], most: int) -> None:
+        self._find = find
+        self._most = most
+        self._kept: OrderedDict[int, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, number: int) -> Any:
+        with self._lock:
+            if number in self._kept:
+                self._kept.move_to_end(number)
+                return self._kept[number]
+        found = self._find(number)
+        self.put(number, found)
+        return found
+
+    def get(self, number: int) -> Any | None:
+        with self._lock:
+            return self._kept.get(number)
+
+    def put(self, number: int, found: Any) -> None:
+        with self._lock:
+            self._kept[number] = found
+            self._kept.move_to_end(number)
+            while len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+
+
 class ContextSet:
     """L context pairs at one spacing, and the choice among them.
 
@@ -123,7 +162,7 @@ class ContextSet:
         self._notes = list(notes)
         all_at_once = len(examples) if similar is None else similar
         pair_bytes = 5 * int(np.prod(preprocessing.spatial_size))  # float32 image, uint8 labels
-        self._on_grid = lru_cache(max(all_at_once, _CACHE_BYTES // pair_bytes))(self._read)
+        self._on_grid = _LastUsed(self._read, max(all_at_once, _CACHE_BYTES // pair_bytes))
 
     def __len__(self) -> int:
         """L."""
@@ -175,6 +214,26 @@ class ContextSet:
         if self._known_values is not None and not self.generation:
             answer = answer * torch.isin(answer, self._known_values.to(answer.dtype))
         return image, answer
+
+    def take_over(self, other: ContextSet) -> dict[int, int]:
+        """Take pairs on the grid from another set that has read them, so that they are not read again.
+
+        Args:
+            other: a set that may have pairs in common with this one.
+
+        Returns:
+            Number there -> number here of each pair that is the same on the grid in both; none if the grids differ.
+        """
+        settings, theirs = ([s.preprocessing.fingerprint, s.generation, s._known_numbers()] for s in (self, other))
+        if settings != theirs:
+            return {}
+        there = {example.digest: number for number, example in enumerate(other._examples)}
+        same = {there[e.digest]: number for number, e in enumerate(self._examples) if e.digest in there}
+        for number, here in same.items():
+            found = other._on_grid.get(number)
+            if found is not None:
+                self._on_grid.put(here, found)
+        return same
 
     def _read(self, number: int) -> tuple[Tensor, Tensor, tuple[float, float]]:
         image, answer = self.native(number)

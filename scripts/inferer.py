@@ -146,6 +146,18 @@ class ICLInferer(Inferer):
             names, kept, self.network.grid.tolist(), self.spacing, self.task == "generation"
         )  # fmt: skip
 
+    def take_over(self, other: ICLInferer) -> None:
+        """Take what another predictor with the same network has made of context pairs that both have.
+
+        Answers stay the same; pairs that are in both sets need not be read and encoded again.
+
+        Args:
+            other: the predictor, whose contexts may be others.
+        """
+        same = self.context.take_over(other.context)
+        if other._passes is not None and other._passes.context is other.context:
+            self._passes_of(self.network, self.context).take_over(other._passes, same)
+
     @property
     def label_values(self) -> list[int]:
         """Labels that are predicted, one score channel each; for generation one channel.

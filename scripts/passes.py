@@ -77,11 +77,28 @@ class Passes:
                 on_label(value, len(scores), len(members))
         return torch.cat(scores, dim=1)
 
+    def take_over(self, other: Passes, same: Mapping[int, int]) -> None:
+        """Take stems from other passes of the same network, as far as the memory budget goes.
+
+        Args:
+            other: the passes that made them.
+            same: number there -> number here of pairs that are the same in both context sets.
+        """
+        if other._stems is None or other.network is not self.network or other.amp != self.amp:
+            return
+        for (piece, value), stems in other._stems.items():
+            if same.keys() >= set(piece):
+                self._make_cache(stems.device)
+                self._stems.put((tuple(same[number] for number in piece), value), stems)
+
     def _plan(self, window: Tensor) -> None:
         if self.mini_context_size is None:
             self.mini_context_size = fitting_pairs(self.network, tuple(window.shape[2:]), window.device, self.amp)
+        self._make_cache(window.device)
+
+    def _make_cache(self, device: torch.device) -> None:
         if self._stems is None:
-            self._stems = TensorCache(cache_bytes(self.cache_mb, window.device))
+            self._stems = TensorCache(cache_bytes(self.cache_mb, device))
 
     def _one_label(self, target_maps: list[Tensor], value: int, chosen: Sequence[int]) -> Tensor:
         features: list[Tensor] = []

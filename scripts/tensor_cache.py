@@ -30,6 +30,10 @@ class TensorCache:
         """The entry, or None."""
         return self._entries.get(key)
 
+    def items(self) -> list[tuple[Hashable, Tensor]]:
+        """Keys and entries, the oldest first."""
+        return list(self._entries.items())
+
     def has_room(self, size_bytes: int) -> bool:
         """Whether an entry of that size would be kept."""
         return self.used_bytes + size_bytes <= self.budget_bytes

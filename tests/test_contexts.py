@@ -55,6 +55,29 @@ def test_labels_and_who_has_them(root, rewrite):
     assert load_contexts(cases, [cases[3]], GRID).label_values == []
 
 
+def test_pairs_that_another_set_has_read_are_taken_over(root, monkeypatch):
+    cases = context_cases(root)
+    earlier = load_contexts(cases, cases[:4], GRID)
+    earlier.pairs([1, 2, 3])
+    read = []
+    monkeypatch.setattr(contexts, "load_volume", lambda path: read.append(path) or load_volume(path))
+    later = load_contexts(cases, [cases[5], cases[3], cases[0], cases[1]], GRID)
+    assert later.take_over(earlier) == {0: 2, 1: 3, 3: 1}
+    images, labels = later.pairs()
+    assert read == [cases[5]["image"], cases[5]["label"], cases[0]["image"], cases[0]["label"]]  # 0 was not read yet
+    anew = load_contexts(cases, [cases[5], cases[3], cases[0], cases[1]], GRID)
+    assert torch.equal(images, anew.pairs()[0]) and torch.equal(labels, anew.pairs()[1])
+    assert load_contexts(cases, cases, GRID, spacing=2.0).take_over(earlier) == {}  # on another grid
+
+
+def test_no_more_pairs_are_kept_than_are_to_be():
+    asked = []
+    kept = contexts._LastUsed(lambda number: asked.append(number) or -number, 2)
+    assert [kept(n) for n in (1, 2, 1, 3, 1, 2)] == [-1, -2, -1, -3, -1, -2]
+    assert asked == [1, 2, 3, 2]  # 2 was used longest ago when 3 came
+    assert kept.get(3) is None and kept.get(1) == -1
+
+
 # --- a target among the contexts
 
 

@@ -106,3 +106,27 @@ def test_cache_keeps_to_its_budget():
     assert cache.get("b") is None and cache.get("a").numel() == 15 and len(cache) == 2 and cache.used_bytes == 100
     cache.clear()
     assert len(cache) == 0 and cache.has_room(100)
+
+
+@pytest.mark.parametrize(("mini_context_size", "encoded"), [(1, 2), (2, 5)])
+@torch.no_grad()
+def test_stems_of_pairs_that_are_the_same_are_taken_over(network, monkeypatch, mini_context_size, encoded):
+    context = FewPairs()
+    earlier = Passes(network, context, mini_context_size)
+    window = torch.rand(1, 1, 16, 16, 16)
+    earlier.scores(window, {1: [0, 1, 2, 3]})
+    turned = FewPairs()
+    turned.images, turned.labels = turned.images.flip(0), turned.labels.flip(0)  # number n is 4 - n
+    calls = []
+    encode = network.encode_stems
+    monkeypatch.setattr(network, "encode_stems", lambda pairs: calls.append(pairs.shape[1]) or encode(pairs))
+    later = Passes(network, turned, mini_context_size)
+    later.take_over(earlier, {1: 3, 2: 2, 3: 1})  # 0 has changed, and 4 is new
+    scores = later.scores(window, {1: [0, 1, 2, 3, 4]})
+    images, wanted = turned.episode(range(5), 1)
+    torch.testing.assert_close(scores, network(window, images[None], wanted[None]), atol=1e-6, rtol=1e-5)
+    assert sum(calls) == encoded  # pieces of two hang together otherwise, (2, 3) became (2, 1)
+    other = Passes(Neuroverse3D(channels=(8, 16), spatial_size=16).eval(), turned, mini_context_size)
+    other.take_over(earlier, {1: 3})
+    other.scores(window, {1: [3]})
+    assert sum(calls) == encoded  # that network encodes by itself

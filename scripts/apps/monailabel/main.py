@@ -1,0 +1,104 @@
+"""What ``monailabel start_server --app`` loads: the parts, put together."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+BUNDLE = Path(__file__).resolve().parents[3]
+if str(BUNDLE) not in sys.path:  # MONAI Label loads this file by its path, through a link as well
+    sys.path.insert(0, str(BUNDLE))
+
+from monailabel.config import settings  # noqa: E402
+from monailabel.interfaces.app import MONAILabelApp  # noqa: E402
+from monailabel.interfaces.datastore import Datastore  # noqa: E402
+from monailabel.interfaces.tasks.infer_v2 import InferTask  # noqa: E402
+from monailabel.interfaces.tasks.strategy import Strategy  # noqa: E402
+from monailabel.interfaces.tasks.train import TrainTask  # noqa: E402
+from monailabel.tasks.activelearning.random import Random  # noqa: E402
+
+from scripts.apps.monailabel.annotations import RECORD, Annotations  # noqa: E402
+from scripts.apps.monailabel.checked_datastore import CheckedDatastore  # noqa: E402
+from scripts.apps.monailabel.infer import InContextSegmentation  # noqa: E402
+from scripts.apps.monailabel.model_folder import ModelFolder  # noqa: E402
+from scripts.apps.monailabel.predictors import Predictors, app_options  # noqa: E402
+from scripts.apps.monailabel.statuses import NotFoundError, clear_statuses  # noqa: E402
+from scripts.apps.monailabel.strategy import LeastConfident  # noqa: E402
+from scripts.apps.monailabel.train import FineTuning  # noqa: E402
+
+MODEL = "neuroverse3d"
+
+
+class InContextApp(MONAILabelApp):
+    """Proposes segmentations from the annotations that are finished, and may be fine-tuned on them.
+
+    Args:
+        app_dir: folder of this run of the app: weights in ``model``, logs in ``logs``.
+        studies: folder of scans, or a DICOMweb address.
+        conf: ``weights`` (a file; ``models/model.pt`` of the bundle by default), and options of
+            ``configs/inference.json`` by name, see :func:`~scripts.apps.monailabel.predictors.app_options`.
+
+    Raises:
+        FileNotFoundError: no weights.
+        ValueError: an option that cannot be set here, or not to this value.
+    """
+
+    def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
+        self.model_folder = ModelFolder(
+            Path(app_dir) / "model", Path(conf.get("weights") or BUNDLE / "models" / "model.pt")
+        )
+        self.options = app_options(conf)
+        super().__init__(
+            app_dir,
+            studies,
+            conf,
+            name="Neuroverse3D",
+            description="In-context segmentation from the finished annotations. Research use only.",
+        )
+
+    def init_datastore(self) -> Datastore:
+        """A folder's datastore checks what is saved; a remote one is checked when it is read."""
+        if self.studies.startswith(("http://", "https://")):
+            return super().init_datastore()
+        return CheckedDatastore(
+            self.studies,
+            extensions=settings.MONAI_LABEL_DATASTORE_FILE_EXT,
+            auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
+            read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
+        )
+
+    def init_infers(self) -> dict[str, InferTask]:
+        """The one model; with it what all tasks share."""
+        self.annotations = Annotations(self.datastore(), self.model_folder.folder / RECORD)
+        self.predictors = Predictors(self.annotations, self.model_folder, self.options)
+        return {MODEL: InContextSegmentation(self.annotations, self.predictors, self.model_folder)}
+
+    def init_trainers(self) -> dict[str, TrainTask]:
+        """Fine-tuning."""
+        return {MODEL: FineTuning(self.annotations, self.model_folder, self.options.get("device"))}
+
+    def init_strategies(self) -> dict[str, Strategy]:
+        """What to annotate next."""
+        return {"least_confident": LeastConfident(self.predictors), "random": Random()}
+
+    def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
+        """A proposal; errors as HTTP statuses."""
+        with clear_statuses():
+            image = str(request.get("image") or "")
+            known = (datastore or self.datastore()).get_image_uri(image)
+            if not known and not Path(image).is_file():
+                raise NotFoundError(f"no image {image!r} among the studies")
+            if known and not request.get("save_label"):  # else a file of the id's name where the server runs is taken
+                request = request | {"image": known}
+            return super().infer(request, datastore)
+
+    def train(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Fine-tune; errors as HTTP statuses."""
+        with clear_statuses():
+            return super().train(request)
+
+    def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What to annotate next; errors as HTTP statuses."""
+        with clear_statuses():
+            return super().next_sample(request)

@@ -9,7 +9,6 @@ For research use only. Not a medical device.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import sys
@@ -82,7 +81,8 @@ class NeuroverseApp(Application):
             "environment": environment(str(inferer.device)),
             **hashes,
             "contexts": inferer.context.names,
-            "grid": json.loads(inferer.context.preprocessing.fingerprint),
+            "spatial_size": inferer.context.preprocessing.spatial_size,
+            "spacing_mm": inferer.context.preprocessing.spacing_mm,
             "options": packaged.options,
             "warnings": inferer.context.warnings(inferer.label_values),
         }

@@ -62,13 +62,13 @@ class ICLOperator(Operator):
         except VolumeError as error:
             raise VolumeError(f"series {image.metadata()['name']!r}", error.reason) from error
         numbers = segment_numbers(answer[0].numpy(), [segment.label for segment in self.segments])
-        self._note(volume, numbers, time.monotonic() - started)
+        self._note(image, volume, numbers, time.monotonic() - started)
         op_output.emit(Image(np.ascontiguousarray(numbers.T), image.metadata()), "seg_image")
 
-    def _note(self, volume: MetaTensor, numbers: np.ndarray, seconds: float) -> None:
+    def _note(self, image: Image, volume: MetaTensor, numbers: np.ndarray, seconds: float) -> None:
         counts = np.bincount(numbers.ravel(), minlength=len(self.segments) + 1)
         voxel_mm3 = float(np.prod(nib.affines.voxel_sizes(volume.affine.numpy())))
-        self.record["image_digest"] = volume_digest(volume)
+        self.record["series"] = image.metadata()["series"] | {"image_digest": volume_digest(volume)}
         self.record["seconds"] = round(seconds, 3)
         self.record["segments"] = [
             {

@@ -24,8 +24,8 @@ _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 class SeriesVolumeOperator(Operator):
     """Input ``study_selected_series_list`` with one series; output ``image``.
 
-    The image is an array ``(slices, rows, columns)``, as all of the SDK's, with ``affine`` in its meta data: from
-    (column, row, slice) to mm, RAS+.
+    The image is an array ``(slices, rows, columns)``, as all of the SDK's. Its meta data are ``affine``, from (column,
+    row, slice) to mm, RAS+, and ``name`` and ``series``, which say what it was made from.
     """
 
     def setup(self, spec: OperatorSpec) -> None:
@@ -51,9 +51,8 @@ def volume_of(series: DICOMSeries) -> Image:
         raise VolumeError(files[0].parent, f"({name!r}) has no FrameOfReferenceUID: nothing can be said to lie on it")
     volume = read_series(DicomSeries(files[0].parent, tuple(map(str, files)), name))
     affine = np.eye(4)
-    axes = np.array(volume.GetDirection()).reshape(3, 3) * np.array(volume.GetSpacing())
-    affine[:3, :3] = _LPS_TO_RAS @ axes
+    affine[:3, :3] = _LPS_TO_RAS @ np.array(volume.GetDirection()).reshape(3, 3) * np.array(volume.GetSpacing())
     affine[:3, 3] = _LPS_TO_RAS @ np.array(volume.GetOrigin())
-    return Image(
-        GetArrayFromImage(volume), {"affine": affine, "SeriesInstanceUID": series.SeriesInstanceUID, "name": name}
-    )
+    first = series.get_sop_instances()[0].get_native_sop_instance()
+    uids = {name: str(first.get(name)) for name in ("StudyInstanceUID", "SeriesInstanceUID")}
+    return Image(GetArrayFromImage(volume), {"affine": affine, "name": name, "series": uids | {"slices": len(files)}})

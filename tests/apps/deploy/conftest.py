@@ -53,12 +53,12 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_model(weights, make_dataset):
-    """``make_model(folder, **files) -> Path``: a model folder with six contexts; files are JSON contents by name."""
+    """``make_model(folder, contexts=3, **files) -> Path``: a model folder; files are JSON contents by name."""
 
-    def make(folder, **files):
+    def make(folder, contexts=3, **files):
         folder.mkdir(parents=True)
         shutil.copy(weights, folder / "model.pt")
-        make_dataset(folder, "contexts")
+        make_dataset(folder, "contexts", cases=contexts)
         for name, content in files.items():
             (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
         return folder

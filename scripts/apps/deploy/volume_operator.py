@@ -49,10 +49,15 @@ def volume_of(series: DICOMSeries) -> Image:
     name = str(series.SeriesDescription or series.SeriesInstanceUID)
     if not all(one.get_native_sop_instance().get("FrameOfReferenceUID") for one in series.get_sop_instances()):
         raise VolumeError(files[0].parent, f"({name!r}) has no FrameOfReferenceUID: nothing can be said to lie on it")
-    volume = read_series(DicomSeries(files[0].parent, tuple(map(str, files)), name))
+    first = series.get_sop_instances()[0].get_native_sop_instance()
+    try:
+        volume = read_series(DicomSeries(files[0].parent, tuple(map(str, files)), name))
+    except VolumeError as error:
+        syntax = first.file_meta.TransferSyntaxUID
+        encoded = f"; its voxels are encoded as {syntax.name}" if syntax.is_compressed else ""
+        raise VolumeError(files[0].parent, error.reason + encoded) from error
     affine = np.eye(4)
     affine[:3, :3] = _LPS_TO_RAS @ np.array(volume.GetDirection()).reshape(3, 3) * np.array(volume.GetSpacing())
     affine[:3, 3] = _LPS_TO_RAS @ np.array(volume.GetOrigin())
-    first = series.get_sop_instances()[0].get_native_sop_instance()
     uids = {name: str(first.get(name)) for name in ("StudyInstanceUID", "SeriesInstanceUID")}
     return Image(GetArrayFromImage(volume), {"affine": affine, "name": name, "series": uids | {"slices": len(files)}})

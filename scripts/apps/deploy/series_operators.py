@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from highdicom import PatientSexValues
 from monai.deploy.core.domain.dicom_series import DICOMSeries
 from monai.deploy.core.domain.dicom_series_selection import StudySelectedSeries
 from monai.deploy.core.domain.dicom_study import DICOMStudy
@@ -21,22 +22,24 @@ from monai.deploy.operators import DICOMDataLoaderOperator, DICOMSeriesSelectorO
 from pydicom import Dataset, dcmread
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import MediaStorageDirectoryStorage
+from pydicom.valuerep import DA, TM
 
 logger = logging.getLogger(__name__)
 
 _IDENTITY = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
-_MAY_BE_EMPTY = (
-    "PatientID",
-    "PatientName",
-    "PatientBirthDate",
-    "PatientSex",
-    "AccessionNumber",
-    "StudyID",
-    "StudyDate",
-    "StudyTime",
-)
-"""What a segmentation takes over from its series; DICOM wants it present, if only empty, and de-identification
-often removes it."""
+_TAKEN_OVER = {
+    "PatientID": str,
+    "PatientName": str,
+    "PatientBirthDate": DA,
+    "PatientSex": PatientSexValues,
+    "AccessionNumber": str,
+    "StudyID": str,
+    "StudyDate": DA,
+    "StudyTime": TM,
+}
+"""What a segmentation takes over from its series, and what its value must be fit for. DICOM wants it present, if only
+empty; de-identification often removes it, or leaves something else."""
+_UTF_8 = "ISO_IR 192"
 
 
 class HeaderLoaderOperator(DICOMDataLoaderOperator):
@@ -73,6 +76,7 @@ def _read_header(file: str) -> Dataset | None:
     """A file's header; None for what is no DICOM or no instance."""
     try:
         header = dcmread(file, stop_before_pixels=True)
+        header.decode()
     except InvalidDicomError:
         return None
     except Exception as error:  # pydicom raises its own on damaged files
@@ -81,10 +85,18 @@ def _read_header(file: str) -> Dataset | None:
         return None
     if missing := [name for name in _IDENTITY if not header.get(name)]:
         raise ValueError(f"{file} has no {', '.join(missing)}: send the series again")
-    for name in _MAY_BE_EMPTY:
-        if name not in header:
+    header.SpecificCharacterSet = _UTF_8  # text is decoded by now; highdicom writes only some of the other sets
+    for name, kind in _TAKEN_OVER.items():
+        if not _is_fit(header.get(name), kind):
             setattr(header, name, "")
     return header
+
+
+def _is_fit(value: Any, kind: Callable[[str], Any]) -> bool:
+    try:
+        return bool(value) and kind(str(value)) is not None
+    except ValueError:
+        return False
 
 
 def _place_along_normal(header: Dataset) -> float:

@@ -119,13 +119,21 @@ def stage(
 
 
 def _copy_application(folder: Path) -> None:
-    shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=_left_out)
     for name in _CODE:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, folder / name)
     for name in ("__main__.py", "app.yaml", "requirements.txt"):
         shutil.copyfile(_HERE / name, folder / name)
     write_text(revision() + "\n", folder / "REVISION")
+
+
+def _left_out(folder: str, names: list[str]) -> set[str]:
+    """Byte code, and the other applications."""
+    left_out = shutil.ignore_patterns("__pycache__", "*.pyc")(folder, names)
+    if Path(folder) == _HERE.parent:
+        left_out |= set(names) - {_HERE.name, "__init__.py"}
+    return left_out
 
 
 def _copy_model(folder: Path, chosen: ICLInferer, checkpoint: Path, context_dir: Path, options: dict[str, Any]) -> None:

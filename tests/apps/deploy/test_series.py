@@ -12,6 +12,7 @@ pytest.importorskip("monai.deploy", reason="the MONAI Deploy App SDK is not inst
 import SimpleITK as sitk
 from pydicom import dcmread
 from pydicom.encaps import encapsulate
+from pydicom.fileset import FileSet
 from pydicom.uid import JPEGLSLossless, RLELossless
 
 from scripts.apps.deploy.app import RECORD
@@ -231,10 +232,31 @@ def test_every_slice_has_its_own_rescale(tmp_path, model, scan, to_dicom, run_ap
     assert answers[0].PixelData == answers[1].PixelData and answers[0].pixel_array.any()
 
 
-def test_patient_names_of_any_script(tmp_path, model, scan, to_dicom, run_app, read_segmentation):
-    names = {"SpecificCharacterSet": "ISO_IR 192", "PatientName": "Björk^Ångström=山田^太郎"}
+@pytest.mark.parametrize("character_set", ["ISO_IR 192", ["", "ISO 2022 IR 87"], ["ISO 2022 IR 6", "ISO 2022 IR 87"]])
+def test_patient_names_of_other_scripts(tmp_path, model, scan, to_dicom, run_app, read_segmentation, character_set):
+    names = {"SpecificCharacterSet": character_set, "PatientName": "Yamada^Tarou=山田^太郎=やまだ^たろう"}
     found = read_segmentation(run_app(to_dicom(scan, tmp_path / "dicom", attributes=names), model))
-    assert str(found.PatientName) == names["PatientName"]
+    assert str(found.PatientName) == names["PatientName"] and found.SpecificCharacterSet == "ISO_IR 192"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_values_that_are_not_as_dicom_has_them_are_left_empty(
+    tmp_path, model, scan, to_dicom, run_app, read_segmentation
+):
+    wrong = {"PatientSex": "U", "PatientBirthDate": "000000", "StudyTime": "25", "PatientName": "ANON0001"}
+    wrong |= {"SpecificCharacterSet": "ISO_IR 6"}
+    found = read_segmentation(run_app(to_dicom(scan, tmp_path / "dicom", attributes=wrong), model))
+    assert not any((found.PatientSex, found.PatientBirthDate, found.StudyTime))
+    assert found.PatientName == "ANON0001" and found.StudyDate == "20240102"
+
+
+def test_a_medium_with_its_directory(tmp_path, model, scan, to_dicom, run_app):
+    medium = FileSet()
+    for path in to_dicom(scan, tmp_path / "dicom", attributes={"SeriesNumber": 1}).iterdir():
+        medium.add(path)
+    medium.write(tmp_path / "medium")
+    assert (tmp_path / "medium" / "DICOMDIR").is_file()
+    assert json.loads((run_app(tmp_path / "medium", model) / RECORD).read_text())["series"]["slices"] == 8
 
 
 def test_an_output_folder_that_holds_a_run(tmp_path, model, scan, to_dicom, run_app):

@@ -67,6 +67,7 @@ def test_the_application_is_complete_and_says_which_revision_it_is(tmp_path, dat
         assert (app / name).is_file()
     assert (app / "REVISION").read_text().strip()
     assert not list(app.rglob("*.pyc"))
+    assert {path.name for path in (app / "scripts" / "apps").iterdir()} == {"__init__.py", "deploy"}
 
 
 def test_a_folder_is_replaced_only_if_asked_for(tmp_path, data, weights):

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench clean image image-test lock schema label-test
+.PHONY: demo test lint bench clean image image-test label-test deploy-test lock schema
 
 demo: $(VENV)/.ready
 	$(RUN) -m scripts.demo --output_dir demo_output --overwrite true
@@ -38,6 +38,10 @@ image:
 image-test:
 	.ci/image-test
 
+# The MONAI Deploy application, with its SDK; docs/deploy.md.
+deploy-test:
+	.ci/deploy-test
+
 lock:
 	.ci/lock
 
@@ -52,7 +56,7 @@ schema: $(VENV)/.ready
 	    $(SCHEMA) schema/$(notdir $(SCHEMA))
 
 clean:
-	rm -rf $(VENV) demo_output .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-deploy demo_output .pytest_cache .ruff_cache
 
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'

@@ -44,10 +44,9 @@ def write_manifest(
         earlier = [*before.pop("earlier", []), before]
     weights = next((options[name] for name in _WEIGHTS if options.get(name)), None)
     present = weights is not None and Path(weights).is_file()
-    metadata = json.loads((ROOT / "configs" / "metadata.json").read_text(encoding="utf-8"))
     lines = sorted(f"{name}\t{digest}\n" for name, digest in listing)
     manifest = {
-        "bundle": {"name": metadata["name"], "version": metadata["version"], "revision": revision()},
+        "bundle": bundle_identity(),
         "environment": environment(str(options.get("device", "cpu"))),
         "seed": options.get("seed"),
         "weights": {"file": str(weights), "sha256": file_sha256(weights)} if present else None,
@@ -57,6 +56,12 @@ def write_manifest(
         "earlier": earlier,
     }
     write_text(json.dumps(manifest, indent=1, default=str) + "\n", path)
+
+
+def bundle_identity() -> dict[str, str]:
+    """Name, version and revision of the bundle."""
+    metadata = json.loads((ROOT / "configs" / "metadata.json").read_text(encoding="utf-8"))
+    return {"name": metadata["name"], "version": metadata["version"], "revision": revision()}
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from scripts.data.volumes import AFFINE_TOLERANCE_MM, VolumeError, strip_ending
 logger = logging.getLogger(__name__)
 
 _DESCRIPTION, _POSITION, _ORIENTATION = "0008|103e", "0020|0032", "0020|0037"
+_RESCALE = ("0028|1052", "0028|1053")  # intercept and slope
 _ORIENTATION_TOLERANCE = 1e-3  # of direction cosines, which are written with few digits
 _SPACING_TOLERANCE = 0.5  # of the distance between slices; a missing slice makes it 1
 _POSITION_TOLERANCE_MM = 0.15  # of any slice from its place in a regular grid; some scanners round to 0.1 mm
@@ -101,6 +102,18 @@ def write_series(series: DicomSeries, path: Path) -> None:
         path: the ``.nii.gz`` to write.
 
     Raises:
+        VolumeError: as :func:`read_series`.
+    """
+    _simpleitk(series.path).WriteImage(read_series(series), str(path))
+
+
+def read_series(series: DicomSeries) -> Any:
+    """The volume of a series, as a SimpleITK image; compressed slices are decoded, and rescaled each by its own header.
+
+    Args:
+        series: the slices.
+
+    Raises:
         VolumeError: the slices cannot be read, are no regular grid, or lie in one multi-frame file.
     """
     sitk = _simpleitk(series.path)
@@ -115,13 +128,16 @@ def write_series(series: DicomSeries, path: Path) -> None:
         reader.MetaDataDictionaryArrayUpdateOn()
         try:
             volume = reader.Execute()
+            if not _same_rescale(reader, len(series.files)):  # the first slice's data type does not hold the others
+                reader.SetOutputPixelType(sitk.sitkFloat32)
+                volume = reader.Execute()
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise VolumeError(series.path, f"({series.description!r}) cannot be read ({reason})") from error
         if volume.GetNumberOfComponentsPerPixel() > 1:
             raise VolumeError(series.path, f"({series.description!r}) is a colour image")
         _check_grid(series, volume, reader)
-        sitk.WriteImage(volume, str(path))
+    return volume
 
 
 def _series_below(root: Path) -> Iterator[tuple[Path, list[DicomSeries]]]:
@@ -156,6 +172,12 @@ def _masks(root: Path, pattern: str) -> dict[Key, list[Path]]:
     if not found:
         raise FileNotFoundError(f"{root}: no file matches --mask_pattern {pattern!r} (None: there are no masks)")
     return found
+
+
+def _same_rescale(reader: Any, slices: int) -> bool:
+    """Whether all slices are rescaled alike."""
+    present = [[reader.GetMetaData(i, k) for k in _RESCALE if reader.HasMetaDataKey(i, k)] for i in range(slices)]
+    return all(rescale == present[0] for rescale in present)
 
 
 def _check_grid(series: DicomSeries, volume: Any, reader: Any) -> None:

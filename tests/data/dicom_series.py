@@ -23,7 +23,8 @@ def write_dicom(folder, voxels, spacing=(1.0, 1.0, 1.0), axes=None, origin=(0, 0
 
     ``axes`` has the directions of columns, rows and slices in LPS as its columns, ``spacing`` is in the same order;
     Options: ``position`` may move a slice, (number, position) -> position; ``missing`` has numbers of slices to
-    leave out; ``series`` is the series' UID; ``prefix`` begins the file names; ``colour`` makes RGB slices.
+    leave out; ``series`` is the series' UID; ``prefix`` begins the file names; ``colour`` makes RGB slices;
+    ``change`` may change a slice's data set before it is written, (number, data set).
     """
     pydicom = pytest.importorskip("pydicom")
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,4 +59,5 @@ def write_dicom(folder, voxels, spacing=(1.0, 1.0, 1.0), axes=None, origin=(0, 0
             data.save_as(folder / f"IM{name:04d}", enforce_file_format=True)
             continue
         data.PixelData = voxels[:, :, number].T.astype("<i2").tobytes()
+        options.get("change", lambda _, d: None)(number, data)
         data.save_as(folder / f"{options.get('prefix', 'IM')}{name:04d}", enforce_file_format=True)

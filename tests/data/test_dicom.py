@@ -56,6 +56,18 @@ def test_all_voxels_and_their_type_are_kept(tmp_path):
     assert np.array_equal(stored[tuple(np.round(indices).astype(int).T)], voxels[tuple(places.T)])
 
 
+def test_every_slice_is_rescaled_by_its_own_slope(tmp_path):
+    """The first slice alone would be whole numbers."""
+    slopes, voxels = np.array([1, 1.25, 0.5, 40, 1.75, 2.5]), volume()
+
+    def rescale(number, data):
+        data.RescaleIntercept, data.RescaleSlope = "0", f"{slopes[number]:g}"
+
+    write_dicom(tmp_path / "d", voxels, change=rescale)
+    stored = np.asarray(convert(tmp_path / "d", tmp_path).dataobj)
+    assert np.array_equal(np.sort(stored, axis=None), np.sort(voxels * slopes, axis=None).astype(np.float32))
+
+
 # --- series that are no volume
 
 

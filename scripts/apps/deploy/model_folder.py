@@ -1,0 +1,173 @@
+"""What is packaged for the application: weights, the context set and settings, and the predictor that they make."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigWorkflow
+
+from scripts.apps.deploy.segments import Segment, describe_segments
+from scripts.checkpoint import load_weights
+from scripts.commandline import refuse_unknown, root_cause
+from scripts.contexts import ContextSet
+from scripts.data.nnunet import NnunetDataset
+from scripts.inferer import ICLInferer
+from scripts.manifest import ROOT, file_sha256
+
+WEIGHTS = "model.pt"
+CONTEXTS = "contexts"
+OPTIONS = "options.json"
+SEGMENTS = "segments.json"
+SERIES = "series.json"
+PACKAGED = "packaged.json"
+
+MAY_BE_SET = (
+    "labels",
+    "context_size",
+    "context_selection",
+    "channel",
+    "refine",
+    "spacing",
+    "mini_context_size",
+    "cache_mb",
+    "amp",
+    "seed",
+    "device",
+)
+"""Options of ``inference.json`` that the application takes."""
+
+ANY_MR_SERIES = {"selections": [{"name": "MR", "conditions": {"Modality": "^MR$"}}]}
+"""Which series are segmented unless ``series.json`` says otherwise, as the SDK's series selector reads it."""
+
+
+def make_predictor(weights: Path, context_dir: Path, options: Mapping[str, Any]) -> ICLInferer:
+    """The predictor of ``configs/inference.json``, with weights and contexts; no file is written.
+
+    Args:
+        weights: checkpoint.
+        context_dir: nnU-Net dataset folder with the context pairs.
+        options: of :data:`MAY_BE_SET`.
+
+    Raises:
+        ValueError: an unknown option, a senseless value, or contexts or weights that are not usable.
+        FileNotFoundError: no weights or no contexts.
+    """
+    refuse_unknown(list(options), dict.fromkeys(MAY_BE_SET))
+    fixed = {
+        "bundle_root": str(ROOT),
+        "checkpoint": str(weights),
+        "context_dir": str(context_dir),
+        "record": None,
+        "context#similar_record": None,
+    }
+    try:
+        workflow = ConfigWorkflow(
+            str(ROOT / "configs" / "inference.json"), logging_file=False, workflow_type="infer", **options, **fixed
+        )  # fmt: skip
+        workflow.initialize()
+        inferer = workflow.parser.get_parsed_content("inferer")
+    except RuntimeError as error:
+        raise root_cause(error) from None
+    load_weights(inferer.network, weights)
+    _ = inferer.label_values  # reads the contexts
+    return inferer
+
+
+def context_set_sha256(context: ContextSet) -> str:
+    """Changes with the pairs, the grid, or how a target's contexts are chosen."""
+    return hashlib.sha256(context.fingerprint.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder with ``model.pt``, ``contexts/`` (an nnU-Net dataset) and, as far as needed, settings.
+
+    Settings are ``options.json`` (of ``inference.json``), ``segments.json`` (codes of the labels), ``series.json``
+    (which series is taken) and ``packaged.json`` (hashes that weights and contexts must have).
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @classmethod
+    def find(cls, path: str | Path) -> ModelFolder:
+        """The folder itself, or its only sub-folder with weights, which is where a package has it.
+
+        Raises:
+            FileNotFoundError: there is none, or more than one.
+        """
+        path = Path(path)
+        inside = sorted(p.parent for p in path.glob(f"*/{WEIGHTS}"))
+        found = [path] if (path / WEIGHTS).is_file() else inside
+        if len(found) != 1:
+            there = f", but {', '.join(p.name for p in found)} have" if found else ""
+            raise FileNotFoundError(f"{path} has no {WEIGHTS}{there}: give --model a folder with weights and contexts")
+        if not (found[0] / CONTEXTS).is_dir():
+            raise FileNotFoundError(f"{found[0]} has no {CONTEXTS}: put an nnU-Net dataset folder with the pairs there")
+        return cls(found[0])
+
+    @property
+    def weights(self) -> Path:
+        """The checkpoint."""
+        return self.path / WEIGHTS
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of ``inference.json`` that are not at their defaults."""
+        return self._read(OPTIONS, {})
+
+    @property
+    def series_rules(self) -> str:
+        """JSON text for the SDK's series selector."""
+        return json.dumps(self._read(SERIES, ANY_MR_SERIES))
+
+    def predictor(self) -> ICLInferer:
+        """The predictor that the folder makes.
+
+        Raises:
+            ValueError: as :func:`make_predictor`; weights or contexts are not those that were packaged.
+            FileNotFoundError: as :func:`make_predictor`.
+        """
+        inferer = make_predictor(self.weights, self.path / CONTEXTS, self.options)
+        found = self.hashes(inferer)
+        changed = [name for name, packaged in self._read(PACKAGED, found).items() if found.get(name) != packaged]
+        if changed:
+            raise ValueError(f"{self.path}: not as it was packaged ({', '.join(changed)}): package it anew")
+        return inferer
+
+    def hashes(self, inferer: ICLInferer) -> dict[str, str]:
+        """SHA-256 of the weights and of the context set."""
+        return {
+            "weights_sha256": file_sha256(self.weights),
+            "context_set_sha256": context_set_sha256(inferer.context),
+        }
+
+    def segments(self, inferer: ICLInferer) -> list[Segment]:
+        """The segments that answers have, in the order of :attr:`ICLInferer.label_values`.
+
+        Raises:
+            ValueError: as :func:`describe_segments`.
+        """
+        classes = NnunetDataset.read(self.path / CONTEXTS).classes
+        names = {values[0]: name for name, values in classes.items() if len(values) == 1}
+        file = self.path / SEGMENTS
+        return describe_segments(inferer.label_values, names, file if file.is_file() else None)
+
+    def _read(self, name: str, default: dict[str, Any]) -> dict[str, Any]:
+        file = self.path / name
+        if not file.is_file():
+            return default
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} cannot be read as JSON ({error})") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{file} must hold one JSON object")
+        return content

@@ -36,6 +36,24 @@ def test_stage_two_changes_only_what_it_must():
     assert (first["epochs"], first["context_size"], first["learning_rate"]) == (50, 3, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        ("stage1", {"spatial_size": [16, 24, 16], "task": "segmentation", "cohort_spread": [0.0, 0.4]}),
+        ("stage2", {"spatial_size": [32, 48, 32], "task": None, "cohort_spread": [0.0, 0.8]}),
+    ],
+)
+def test_the_overlay_for_pretraining_suits_both_stages(stage, expected):
+    workflow = ConfigWorkflow(
+        [f"configs/train_{stage}.json", "configs/pretrain.json"], workflow_type="train", logging_file=False
+    )
+    assert not set(read("pretrain")) - set(read(f"train_{stage}")), "only what a stage has"
+    for name, value in expected.items():
+        assert workflow.parser.get_parsed_content(name) == value
+    cohorts = workflow.parser.get_parsed_content("cohorts")
+    assert cohorts.spread == expected["cohort_spread"] and cohorts.spatial_size == expected["spatial_size"]
+
+
 def test_published_recipe_is_the_default():
     config = read("train_stage1")
     assert (config["loss_weight"], config["grad_clip"], config["lr_patience"]) == (50.0, 0.25, 10)

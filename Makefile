@@ -38,15 +38,15 @@ image:
 image-test:
 	.ci/image-test
 
-# The MONAI Deploy application, with its SDK; docs/deploy.md.
+# The applications, each in an environment of its own; docs/monailabel.md, docs/deploy.md.
+label-test:
+	.ci/label-test
+
 deploy-test:
 	.ci/deploy-test
 
 lock:
 	.ci/lock
-
-label-test:
-	.ci/label-test
 
 SCHEMA := $(shell sed -n 's/^    "schema": "\(.*\)",/\1/p' configs/metadata.json)
 
@@ -56,7 +56,7 @@ schema: $(VENV)/.ready
 	    $(SCHEMA) schema/$(notdir $(SCHEMA))
 
 clean:
-	rm -rf $(VENV) .venv-deploy demo_output .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-label .venv-deploy demo_output .pytest_cache .ruff_cache
 
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'

@@ -14,15 +14,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from monai.metrics import compute_dice
 from tqdm import tqdm
 
+from benchmarks.unseen_cohorts import label_scores
 from benchmarks.unseen_dataset import interval
 from scripts.checkpoint import load_network
 from scripts.commandline import main
 from scripts.data.label_map_anatomy import LabelMaps
 from scripts.data.synthesis import show_anatomy
-from scripts.engine import MASK_THRESHOLD
 
 STRUCTURES = {
     "lateral ventricle": (4, 43),
@@ -72,14 +71,7 @@ def unseen_brains(
         cohort = show_anatomy(key, maps.of(people, list(STRUCTURES.values()), grid), len(people), grid, spread)
         masks = torch.stack([cohort.labels == k + 1 for k in range(len(STRUCTURES))]).float()
         for size in context_sizes:
-            found = []
-            for mask in masks:
-                shown = mask[1 : size + 1]
-                with torch.inference_mode():
-                    pair = cohort.images[None, 1 : size + 1].to(device), shown[None].to(device)
-                    answer = network(cohort.images[:1].to(device), *pair).cpu()
-                found.append([_dice(scores_, mask[:1]) for scores_ in (answer, shown.mean(0, keepdim=True))])
-            scores[size].append(np.array(found))  # (structures, 2)
+            scores[size].append(label_scores(network, cohort.images, masks, size))
     for size, found in scores.items():
         ours, averaging = np.moveaxis(np.stack(found), -1, 0)
         print(
@@ -90,10 +82,6 @@ def unseen_brains(
         )
         for name, dice in zip(STRUCTURES, ours.T, strict=True):
             print("     {:22s} {:.3f} [{:.3f}, {:.3f}]".format(name, *interval(dice)))
-
-
-def _dice(scores: torch.Tensor, wanted: torch.Tensor) -> float:
-    return compute_dice((scores > MASK_THRESHOLD).float(), wanted, ignore_empty=False).item()
 
 
 if __name__ == "__main__":

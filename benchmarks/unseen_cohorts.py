@@ -68,19 +68,32 @@ def measure(
         values = [k for k, name in enumerate(cohort.names, start=1) if name != LESION]
         masks = torch.stack([cohort.labels == k for k in values]).float()  # (labels, N, 1, H, W, D)
         for size in context_sizes:
-            found = []
-            for mask in masks:
-                with torch.no_grad():
-                    answer = network(cohort.images[:1], cohort.images[None, 1 : size + 1], mask[None, 1 : size + 1])
-                mean = mask[1 : size + 1].mean(0, keepdim=True)
-                found.append([_dice(x, mask[:1]) for x in (answer, mean)])
-            scores[size].append(np.mean(found, axis=0))
+            scores[size].append(label_scores(network, cohort.images, masks, size).mean(0))
     rows = []
     for size, found in scores.items():
         ours, averaging = np.array(found).T
         row = {"network": interval(ours), "averaging": interval(averaging), "gain": interval(ours - averaging)}
         rows.append({"context_size": size} | row)
     return rows
+
+
+def label_scores(network: Neuroverse3D, images: torch.Tensor, masks: torch.Tensor, size: int) -> np.ndarray:
+    """Dice of each label of a cohort's first subject, (labels, 2): of the network, and of averaging the contexts.
+
+    Args:
+        network: on any device.
+        images: (N, 1, H, W, D) of the cohort.
+        masks: (labels, N, 1, H, W, D), 1 where the label is.
+        size: contexts K: the subjects after the first.
+    """
+    device, found = network.grid.device, []
+    target, contexts = images[:1].to(device), images[None, 1 : size + 1].to(device)
+    for mask in masks.to(device):
+        shown, wanted = mask[1 : size + 1], mask[:1]
+        with torch.inference_mode():
+            answer = network(target, contexts, shown[None])
+        found.append([_dice(scores, wanted) for scores in (answer, shown.mean(0, keepdim=True))])
+    return np.array(found)
 
 
 def _dice(scores: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Checkpoint files: read, convert, export, download.
+"""Checkpoint files: read, convert, export, compact, download.
 
 Our format is a plain ``state_dict`` of tensors, which is what MONAI's bundle specification, MONAI Label and
 MONAI Deploy read. A checkpoint knows its own network: widths, stages and convs per block follow from the
@@ -8,6 +8,7 @@ Command line::
 
     python -m scripts.checkpoint convert  --source neuroverse3D.ckpt --output models/neuroverse3d.pt
     python -m scripts.checkpoint export   --source models/model.pt --output for_authors.ckpt
+    python -m scripts.checkpoint compact  --source runs/stage2/model.pt --output models/model.pt
     python -m scripts.checkpoint download --output models/neuroverse3d.pt
 """
 
@@ -311,6 +312,27 @@ def to_authors(network: Neuroverse3D) -> dict[str, Any]:
     }
 
 
+def compact(source: str, output: str, *, overwrite: bool = False) -> None:
+    """Write one of our checkpoints with its numbers as float16: half the size, to hand on; computing stays in float32.
+
+    Args:
+        source: our ``.pt`` file, ``last.pt`` too.
+        output: where to write the smaller ``.pt`` file.
+        overwrite: replace an existing output.
+
+    Raises:
+        CheckpointError: a weight is not finite or beyond float16's range.
+    """
+    target = _new_file(output, overwrite)
+    network = load_network(source)
+    state = {key: value.half() if value.is_floating_point() else value for key, value in network.state_dict().items()}
+    lost = [key for key, value in state.items() if not value.isfinite().all()]
+    if lost:
+        raise CheckpointError(f"{source} has weights that float16 cannot hold, such as {lost[0]}")
+    atomic_save(state, target)
+    print(f"{target}: {_size_text(network)}, float16, {target.stat().st_size / 1e6:.1f} MB")
+
+
 def download(output: str = "models/neuroverse3d.pt", *, overwrite: bool = False, allow_pickle: bool = False) -> None:
     """Fetch the authors' published weights, print their SHA-256 and convert them.
 
@@ -402,4 +424,4 @@ def _first_line(error: BaseException) -> str:
 if __name__ == "__main__":
     from scripts.commandline import main
 
-    main({"convert": convert, "export": export, "download": download})
+    main({"convert": convert, "export": export, "compact": compact, "download": download})

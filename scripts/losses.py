@@ -1,8 +1,11 @@
-"""Training loss of Neuroverse3D (Hu et al., ICCV 2025)."""
+"""Training losses: that of Neuroverse3D (Hu et al., ICCV 2025), and the same with Dice for masks."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+from monai.losses import DiceLoss
 from torch import Tensor, nn
 
 
@@ -39,3 +42,34 @@ class SmoothL3L1Loss(nn.Module):
         if group_weight is not None:
             value = value.flatten(1).mean(1) * group_weight
         return self.weight * value.mean()
+
+
+class SmoothL3L1DiceLoss(SmoothL3L1Loss):
+    """:class:`SmoothL3L1Loss`, plus soft Dice (Milletari et al., 3DV 2016) wherever the target is a mask.
+
+    The cubic loss alone scores each voxel: a small or uncertain structure is best left out of the mask altogether,
+    its values staying below the threshold. Dice scores the overlap, so a mask of about the right size in about the
+    right place is better than none. Images (targets with values other than 0 and 1) have the first part only.
+
+    Args:
+        beta: as there.
+        weight: factor on the mean of the first part.
+        dice_weight: factor on the Dice loss, which is within [0, 1].
+    """
+
+    def __init__(self, beta: float = 1.0, weight: float = 1.0, dice_weight: float = 1.0) -> None:
+        super().__init__(beta, weight)
+        self.dice_weight = float(dice_weight)
+        # outputs are linear; smoothing of one voxel, so that an empty mask wants an empty prediction
+        self.dice = DiceLoss(
+            other_act=partial(torch.clamp, min=0.0, max=1.0), reduction="none", smooth_nr=1.0, smooth_dr=1.0
+        )
+
+    def forward(self, pred: Tensor, target: Tensor, group_weight: Tensor | None = None) -> Tensor:
+        """As there, for ``(B, K, H, W, D)``; Dice is taken of each element and channel."""
+        error = super().forward(pred, target, group_weight)
+        dice = self.dice(pred, target).flatten(1).mean(1)
+        weight = ((target == 0) | (target == 1)).flatten(1).all(1) * self.dice_weight
+        if group_weight is not None:
+            weight = weight * group_weight
+        return error + (weight * dice).mean()

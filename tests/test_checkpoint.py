@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from scripts import checkpoint
-from scripts.checkpoint import CheckpointError, atomic_save, convert, download, export, load_network
+from scripts.checkpoint import CheckpointError, atomic_save, compact, convert, download, export, load_network
 from scripts.networks import Neuroverse3D
 
 FIXTURES = ("tiny_conv_down", "tiny_maxpool_down")
@@ -98,6 +98,32 @@ def test_export_then_convert_is_bit_identical(shape, tmp_path):
     export(str(tmp_path / "a.pt"), str(tmp_path / "b.ckpt"))
     convert(str(tmp_path / "b.ckpt"), str(tmp_path / "c.pt"))
     assert same_state(torch.load(tmp_path / "c.pt", weights_only=True), network.state_dict())
+
+
+@torch.no_grad()
+def test_compact_weights_are_half_as_large_and_answer_the_same(tmp_path, capsys):
+    network = Neuroverse3D(channels=(16, 32), spatial_size=8).eval()
+    atomic_save({"network": network.state_dict(), "epoch": 3}, tmp_path / "last.pt")
+    compact(str(tmp_path / "last.pt"), str(tmp_path / "model.pt"))
+    assert "float16, 0." in capsys.readouterr().out
+    assert (tmp_path / "model.pt").stat().st_size < 0.6 * (tmp_path / "last.pt").stat().st_size
+    loaded = load_network(tmp_path / "model.pt")
+    assert loaded.grid.tolist() == [8, 8, 8] and {p.dtype for p in loaded.parameters()} == {torch.float32}
+    inputs = torch.rand(1, 1, 8, 8, 8), torch.rand(1, 2, 1, 8, 8, 8), torch.rand(1, 2, 1, 8, 8, 8)
+    torch.testing.assert_close(loaded(*inputs), network(*inputs), atol=2e-3, rtol=0)
+    again = Neuroverse3D(channels=(16, 32), spatial_size=8)
+    checkpoint.load_weights(again, tmp_path / "model.pt")
+    assert same_state(again.state_dict(), loaded.state_dict())
+
+
+@pytest.mark.parametrize("value", [1e5, float("nan")])
+def test_weights_that_float16_cannot_hold_are_refused(value, tmp_path):
+    network = Neuroverse3D(channels=(2, 4), spatial_size=8)
+    network.target_decoder.output.bias.data.fill_(value)
+    atomic_save(network.state_dict(), tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match="float16 cannot hold, such as target_decoder.output.bias"):
+        compact(str(tmp_path / "net.pt"), str(tmp_path / "model.pt"))
+    assert not (tmp_path / "model.pt").exists()
 
 
 @torch.no_grad()
@@ -310,7 +336,8 @@ def test_allow_pickle_reads_a_namespace(network, tmp_path):
 
 def test_existing_output_is_kept_unless_overwrite(ours, theirs, tmp_path):
     output = tmp_path / "precious.bin"
-    for command, source in ((convert, theirs), (export, ours), (lambda _, out: download(out), None)):
+    commands = (convert, theirs), (export, ours), (compact, ours), (lambda _, out: download(out), None)
+    for command, source in commands:
         output.write_bytes(b"precious")
         with pytest.raises(FileExistsError) as caught:
             command(str(source), str(output))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scripts.losses import SmoothL3L1Loss
+from scripts.losses import SmoothL3L1DiceLoss, SmoothL3L1Loss
 
 
 def value(error, **options):
@@ -56,3 +56,51 @@ def test_shapes_must_agree():
 def test_beta_must_be_positive(beta):
     with pytest.raises(ValueError, match="beta must be > 0, got"):
         SmoothL3L1Loss(beta=beta)
+
+
+def mask():
+    return (torch.rand(2, 1, 6, 6, 6, generator=torch.Generator().manual_seed(0)) > 0.8).float()
+
+
+def test_dice_counts_for_masks_and_not_for_images():
+    target, pred = mask(), torch.full((2, 1, 6, 6, 6), 0.4)
+    plain, both = SmoothL3L1Loss(weight=10.0), SmoothL3L1DiceLoss(weight=10.0, dice_weight=2.0)
+    overlap = [(2 * 0.4 * t.sum() + 1) / (0.4 * t.numel() + t.sum() + 1) for t in target]
+    torch.testing.assert_close(both(pred, target), plain(pred, target) + 2 * (1 - torch.stack(overlap).mean()))
+    image = 0.9 * target + 0.05
+    assert both(pred, image) == plain(pred, image)
+    mixed = torch.cat([target[:1], image[:1]])
+    torch.testing.assert_close(both(pred, mixed), plain(pred, mixed) + (1 - overlap[0]))
+
+
+def test_dice_of_right_and_of_empty_masks_is_zero():
+    loss, empty = SmoothL3L1DiceLoss(), torch.zeros(1, 1, 6, 6, 6)
+    assert loss(mask(), mask()) == 0
+    assert loss(empty, empty) == 0
+    assert loss(empty + 0.3, empty) > loss(empty + 0.1, empty) > 0
+
+
+def test_dice_does_not_reward_outputs_beyond_a_mask():
+    target = mask()
+    loss = SmoothL3L1DiceLoss(weight=0.0)
+    assert loss(3 * target - 1, target) == loss(target, target)
+
+
+def test_dice_prefers_an_uncertain_structure_to_none():
+    """Where a structure is at one of three places, the cubic loss leaves its values below the threshold."""
+    places = torch.eye(3)[:, None, :, None, None]
+    levels = [torch.full((3, 1, 3, 1, 1), level / 10) for level in range(11)]
+
+    def best(loss):
+        return min(range(11), key=lambda i: loss(levels[i], places).item()) / 10
+
+    assert best(SmoothL3L1Loss()) < 0.5
+    assert best(SmoothL3L1DiceLoss(dice_weight=1.0, weight=0.1)) > 0.5
+
+
+def test_group_weight_counts_for_dice_too():
+    target, pred = mask(), torch.full((2, 1, 6, 6, 6), 0.4)
+    loss = SmoothL3L1DiceLoss()
+    singles = torch.stack([loss(p[None], t[None]) for p, t in zip(pred, target, strict=True)])
+    weight = torch.tensor([1.0, 0.25])
+    torch.testing.assert_close(loss(pred, target, weight), (singles * weight).mean())

@@ -83,7 +83,7 @@ VERBS: dict[str, Verb] = {
                     defaults={"dataset_dir": DATA, "output_dir": f"{OUT}/corrupted"}),
     "merge_reports": Verb("one report from those of several shards", "scripts.merge_reports",
                           defaults={"output_dir": OUT}),
-    "checkpoint": Verb("convert, export or download weights", "scripts.checkpoint"),
+    "checkpoint": Verb("convert, export, compact or download weights", "scripts.checkpoint"),
     "verify_metadata": Verb(
         "check the bundle's metadata against MONAI's schema in the image", "monai.bundle", ("verify_metadata",),
         {"meta_file": f"{ROOT}/configs/metadata.json", "filepath": f"{ROOT}/schema/meta_schema_20240725.json"},

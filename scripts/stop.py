@@ -47,6 +47,18 @@ class StopRequest:
         signal.signal(signal.SIGTERM, _exit)
 
 
+def leave_sigterm_to_the_trainer(worker_id: int) -> None:
+    """``worker_init_fn`` of training: loading processes ignore SIGTERM and end with the process that trains.
+
+    torchrun, Slurm and shells send it to all processes of a run; without its loader the group in hand, after which the
+    trainer stops, would never be over.
+
+    Args:
+        worker_id: number of the process, which makes no difference.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _exit(number: int, frame: FrameType | None) -> None:
     print("\nstopped by SIGTERM", file=sys.stderr)
     raise SystemExit(STATUS)

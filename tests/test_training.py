@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -320,13 +321,17 @@ def test_a_stop_waits_for_the_optimiser_step_that_gradients_are_gathered_for(dat
     compare_runs(folder, whole)
 
 
-def test_sigterm_on_the_command_line(data, tmp_path):
-    options = ["--dataset_dir", str(data), "--output_dir", str(tmp_path), "--epochs", "1000"]
-    small = [token for k, v in SMALL.items() if k != "epochs" for token in (f"--{k}", str(v).replace(" ", ""))]
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/train_stage1.json"]
-    with subprocess.Popen([*command, *options, *small], stdout=subprocess.PIPE, text=True) as process:
+def test_sigterm_to_all_processes_of_a_run(data, tmp_path):
+    """As torchrun and Slurm send it: to the loading process, too, whose end must not end the step."""
+    options = SMALL | {"dataset_dir": data, "output_dir": tmp_path, "spatial_size": 32, "channels": [16, 32]}
+    options |= {"epochs": 1000, "groups_per_epoch": 1000, "num_workers": 1}
+    typed = [token for name, value in options.items() for token in (f"--{name}", str(value).replace(" ", ""))]
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/train_stage1.json", *typed]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, start_new_session=True) as process:
         line = next(line for line in process.stdout if "training" in line)
-        process.send_signal(signal.SIGTERM)
+        next(line for line in process.stderr if "loss=" in line)  # groups are being loaded
+        os.killpg(process.pid, signal.SIGTERM)
         rest = process.stdout.read()
     assert process.returncode == 143 and "--resume true" in rest, line + rest
 

@@ -312,19 +312,25 @@ def to_authors(network: Neuroverse3D) -> dict[str, Any]:
     }
 
 
-def compact(source: str, output: str, *, overwrite: bool = False) -> None:
+def compact(
+    source: str, output: str, *, spatial_size: int | Sequence[int] | None = None, overwrite: bool = False
+) -> None:
     """Write one of our checkpoints with its numbers as float16: half the size, to hand on; computing stays in float32.
 
     Args:
         source: our ``.pt`` file, ``last.pt`` too.
         output: where to write the smaller ``.pt`` file.
+        spatial_size: grid to use the weights on unless a command names another; None keeps that of the training.
         overwrite: replace an existing output.
 
     Raises:
         CheckpointError: a weight is not finite or beyond float16's range.
+        ValueError: the network cannot have such a grid.
     """
     target = _new_file(output, overwrite)
     network = load_network(source)
+    if spatial_size is not None:
+        network.grid = Neuroverse3D(**network_options(source, spatial_size=spatial_size)).grid
     state = {key: value.half() if value.is_floating_point() else value for key, value in network.state_dict().items()}
     lost = [key for key, value in state.items() if not value.isfinite().all()]
     if lost:

@@ -1,4 +1,4 @@
-"""Training losses: that of Neuroverse3D (Hu et al., ICCV 2025), and the same with Dice for masks."""
+"""Training losses: that of Neuroverse3D (Hu et al., ICCV 2025), and one for small networks that builds on it."""
 
 from __future__ import annotations
 
@@ -44,22 +44,26 @@ class SmoothL3L1Loss(nn.Module):
         return self.weight * value.mean()
 
 
-class SmoothL3L1DiceLoss(SmoothL3L1Loss):
-    """:class:`SmoothL3L1Loss`, plus soft Dice (Milletari et al., 3DV 2016) wherever the target is a mask.
+class MaskImageLoss(SmoothL3L1Loss):
+    """:class:`SmoothL3L1Loss`, plus soft Dice where the target is a mask and mean absolute error where it is an image.
 
     The cubic loss alone scores each voxel: a small or uncertain structure is best left out of the mask altogether,
-    its values staying below the threshold. Dice scores the overlap, so a mask of about the right size in about the
-    right place is better than none. Images (targets with values other than 0 and 1) have the first part only.
+    its values staying below the threshold. Dice (Milletari et al., 3DV 2016) scores the overlap, so a mask of about
+    the right size in about the right place is better than none. And it hardly cares about the small errors that
+    images are made of, down to which the absolute error goes on pulling. A mask is what has no values but 0 and 1.
 
     Args:
         beta: as there.
         weight: factor on the mean of the first part.
-        dice_weight: factor on the Dice loss, which is within [0, 1].
+        dice_weight: factor on the Dice loss of masks, which is within [0, 1].
+        image_weight: factor on the mean absolute error of images.
     """
 
-    def __init__(self, beta: float = 1.0, weight: float = 1.0, dice_weight: float = 1.0) -> None:
+    def __init__(
+        self, beta: float = 1.0, weight: float = 1.0, dice_weight: float = 1.0, image_weight: float = 1.0
+    ) -> None:
         super().__init__(beta, weight)
-        self.dice_weight = float(dice_weight)
+        self.dice_weight, self.image_weight = float(dice_weight), float(image_weight)
         # outputs are linear; smoothing of one voxel, so that an empty mask wants an empty prediction
         self.dice = DiceLoss(
             other_act=partial(torch.clamp, min=0.0, max=1.0), reduction="none", smooth_nr=1.0, smooth_dr=1.0
@@ -68,8 +72,8 @@ class SmoothL3L1DiceLoss(SmoothL3L1Loss):
     def forward(self, pred: Tensor, target: Tensor, group_weight: Tensor | None = None) -> Tensor:
         """As there, for ``(B, K, H, W, D)``; Dice is taken of each element and channel."""
         error = super().forward(pred, target, group_weight)
-        dice = self.dice(pred, target).flatten(1).mean(1)
-        weight = ((target == 0) | (target == 1)).flatten(1).all(1) * self.dice_weight
-        if group_weight is not None:
-            weight = weight * group_weight
-        return error + (weight * dice).mean()
+        dice = self.dice_weight * self.dice(pred, target).flatten(1).mean(1)
+        absolute = self.image_weight * (pred - target).abs().flatten(1).mean(1)
+        is_mask = ((target == 0) | (target == 1)).flatten(1).all(1)
+        value = torch.where(is_mask, dice, absolute)
+        return error + (value if group_weight is None else value * group_weight).mean()

@@ -111,6 +111,10 @@ def test_compact_weights_are_half_as_large_and_answer_the_same(tmp_path, capsys)
     assert loaded.grid.tolist() == [8, 8, 8] and {p.dtype for p in loaded.parameters()} == {torch.float32}
     inputs = torch.rand(1, 1, 8, 8, 8), torch.rand(1, 2, 1, 8, 8, 8), torch.rand(1, 2, 1, 8, 8, 8)
     torch.testing.assert_close(loaded(*inputs), network(*inputs), atol=2e-3, rtol=0)
+    compact(str(tmp_path / "last.pt"), str(tmp_path / "finer.pt"), spatial_size=[8, 16, 8])
+    assert load_network(tmp_path / "finer.pt").grid.tolist() == [8, 16, 8]
+    with pytest.raises(ValueError, match="7"):
+        compact(str(tmp_path / "last.pt"), str(tmp_path / "odd.pt"), spatial_size=7)
     again = Neuroverse3D(channels=(16, 32), spatial_size=8)
     checkpoint.load_weights(again, tmp_path / "model.pt")
     assert same_state(again.state_dict(), loaded.state_dict())

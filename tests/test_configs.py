@@ -8,6 +8,7 @@ import torch
 from monai.bundle import ConfigWorkflow, verify_net_in_out
 
 from scripts.checkpoint import network_options
+from scripts.losses import MaskImageLoss
 from scripts.networks import Neuroverse3D
 from scripts.options import OPTIONS
 
@@ -39,8 +40,8 @@ def test_stage_two_changes_only_what_it_must():
 @pytest.mark.parametrize(
     ("stage", "expected"),
     [
-        ("stage1", {"spatial_size": [16, 24, 16], "task": "segmentation", "cohort_spread": [0.0, 0.4]}),
-        ("stage2", {"spatial_size": [32, 48, 32], "task": None, "cohort_spread": [0.0, 0.8]}),
+        ("stage1", {"spatial_size": [16, 24, 16], "task": "segmentation", "cohort_spread": [0.0, 0.6]}),
+        ("stage2", {"spatial_size": [24, 32, 24], "task": None, "cohort_spread": [0.0, 0.7]}),
     ],
 )
 def test_the_overlay_for_pretraining_suits_both_stages(stage, expected):
@@ -52,6 +53,8 @@ def test_the_overlay_for_pretraining_suits_both_stages(stage, expected):
         assert workflow.parser.get_parsed_content(name) == value
     cohorts = workflow.parser.get_parsed_content("cohorts")
     assert cohorts.spread == expected["cohort_spread"] and cohorts.spatial_size == expected["spatial_size"]
+    loss = workflow.parser.get_parsed_content("loss")
+    assert isinstance(loss, MaskImageLoss) and loss.weight == 10
 
 
 def test_published_recipe_is_the_default():
@@ -99,7 +102,6 @@ def test_network_accepts_what_the_metadata_promise():
         "configs/metadata.json",
         "configs/inference.json",
         extra_forward_args={"context_in": contexts, "context_out": contexts},
-        channels=[2, 2, 2, 2, 2],
     )
 
 

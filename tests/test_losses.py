@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scripts.losses import SmoothL3L1DiceLoss, SmoothL3L1Loss
+from scripts.losses import MaskImageLoss, SmoothL3L1Loss
 
 
 def value(error, **options):
@@ -62,19 +62,20 @@ def mask():
     return (torch.rand(2, 1, 6, 6, 6, generator=torch.Generator().manual_seed(0)) > 0.8).float()
 
 
-def test_dice_counts_for_masks_and_not_for_images():
+def test_dice_counts_for_masks_and_absolute_error_for_images():
     target, pred = mask(), torch.full((2, 1, 6, 6, 6), 0.4)
-    plain, both = SmoothL3L1Loss(weight=10.0), SmoothL3L1DiceLoss(weight=10.0, dice_weight=2.0)
+    plain, both = SmoothL3L1Loss(weight=10.0), MaskImageLoss(weight=10.0, dice_weight=2.0, image_weight=3.0)
     overlap = [(2 * 0.4 * t.sum() + 1) / (0.4 * t.numel() + t.sum() + 1) for t in target]
     torch.testing.assert_close(both(pred, target), plain(pred, target) + 2 * (1 - torch.stack(overlap).mean()))
     image = 0.9 * target + 0.05
-    assert both(pred, image) == plain(pred, image)
+    absolute = 3 * (pred - image).abs().flatten(1).mean(1)
+    torch.testing.assert_close(both(pred, image), plain(pred, image) + absolute.mean())
     mixed = torch.cat([target[:1], image[:1]])
-    torch.testing.assert_close(both(pred, mixed), plain(pred, mixed) + (1 - overlap[0]))
+    torch.testing.assert_close(both(pred, mixed), plain(pred, mixed) + (2 * (1 - overlap[0]) + absolute[0]) / 2)
 
 
 def test_dice_of_right_and_of_empty_masks_is_zero():
-    loss, empty = SmoothL3L1DiceLoss(), torch.zeros(1, 1, 6, 6, 6)
+    loss, empty = MaskImageLoss(), torch.zeros(1, 1, 6, 6, 6)
     assert loss(mask(), mask()) == 0
     assert loss(empty, empty) == 0
     assert loss(empty + 0.3, empty) > loss(empty + 0.1, empty) > 0
@@ -82,7 +83,7 @@ def test_dice_of_right_and_of_empty_masks_is_zero():
 
 def test_dice_does_not_reward_outputs_beyond_a_mask():
     target = mask()
-    loss = SmoothL3L1DiceLoss(weight=0.0)
+    loss = MaskImageLoss(weight=0.0)
     assert loss(3 * target - 1, target) == loss(target, target)
 
 
@@ -95,12 +96,12 @@ def test_dice_prefers_an_uncertain_structure_to_none():
         return min(range(11), key=lambda i: loss(levels[i], places).item()) / 10
 
     assert best(SmoothL3L1Loss()) < 0.5
-    assert best(SmoothL3L1DiceLoss(dice_weight=1.0, weight=0.1)) > 0.5
+    assert best(MaskImageLoss(dice_weight=1.0, weight=0.1)) > 0.5
 
 
 def test_group_weight_counts_for_dice_too():
     target, pred = mask(), torch.full((2, 1, 6, 6, 6), 0.4)
-    loss = SmoothL3L1DiceLoss()
+    loss = MaskImageLoss()
     singles = torch.stack([loss(p[None], t[None]) for p, t in zip(pred, target, strict=True)])
     weight = torch.tensor([1.0, 0.25])
     torch.testing.assert_close(loss(pred, target, weight), (singles * weight).mean())

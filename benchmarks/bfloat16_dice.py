@@ -1,4 +1,4 @@
-"""What bfloat16 does to the answers: the demo's test cases segmented with `--amp true` and with `--amp false`.
+"""What bfloat16 does to the answers: the demo's cases segmented with `--amp true` and with `--amp false`.
 
     python -m benchmarks.bfloat16_dice [--demo_dir demo_output]
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paired import Conditions, benchmark
-from scripts.demo import demo, run_bundle
+from scripts.demo import GRID, demo, run_bundle
 
 
 @benchmark
@@ -32,8 +32,8 @@ def bfloat16_dice(conditions: Conditions, demo_dir: str = "") -> Iterator[dict[s
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(demo_dir or f"{scratch}/demo")
         if not demo_dir:
-            demo(str(folder), **{"epochs": 1, "groups_per_epoch": 2} if conditions.quick else {})
-        if not (folder / "stage1" / "model.pt").is_file():
+            demo(str(folder), **{"subjects": 3} if conditions.quick else {})
+        if not (folder / "scores" / "summary.json").is_file():
             raise FileNotFoundError(f"no finished demo in {folder}: run make demo, or leave --demo_dir out")
         dice = {
             name: _dice(folder, Path(scratch) / name, amp, conditions.device)
@@ -50,12 +50,12 @@ def bfloat16_dice(conditions: Conditions, demo_dir: str = "") -> Iterator[dict[s
 
 
 def _dice(folder: Path, results: Path, amp: str, device: str) -> list[float]:
-    """Dice of every test case and label of the demo."""
-    quoted, dataset = shlex.quote(str(folder)), shlex.quote(str(next((folder / "data").glob("Dataset*"))))
+    """Dice of every case and label of the demo."""
+    dataset = shlex.quote(str(next((folder / "data").glob("Dataset*"))))
     run_bundle(
         "inference",
-        f"--dataset_dir {dataset} --context_dir {dataset} --split_file {quoted}/stage1/splits.json --overlays false "
-        f"--checkpoint {quoted}/stage1/model.pt --output_dir {results}/answers --amp {amp} --device {device}",
+        f"--dataset_dir {dataset} --context_dir {dataset} {GRID} --overlays false --output_dir {results}/answers "
+        f"--amp {amp} --device {device}",
     )
     run_bundle(
         "evaluate",

@@ -8,7 +8,7 @@ Command line::
 
     python -m scripts.checkpoint convert  --source neuroverse3D.ckpt --output models/neuroverse3d.pt
     python -m scripts.checkpoint export   --source models/model.pt --output for_authors.ckpt
-    python -m scripts.checkpoint compact  --source runs/stage2/model.pt --output models/model.pt
+    python -m scripts.checkpoint compact  --source runs/stage2/model.pt --output small.pt
     python -m scripts.checkpoint download --output models/neuroverse3d.pt
 """
 
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from monai.utils import ensure_tuple, ensure_tuple_rep
 from torch import Tensor
 
 from scripts.atomic import write_atomically
@@ -313,24 +314,41 @@ def to_authors(network: Neuroverse3D) -> dict[str, Any]:
 
 
 def compact(
-    source: str, output: str, *, spatial_size: int | Sequence[int] | None = None, overwrite: bool = False
+    source: str | Sequence[str],
+    output: str,
+    *,
+    spatial_size: int | Sequence[int] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write one of our checkpoints with its numbers as float16: half the size, to hand on; computing stays in float32.
 
+    Several are averaged, weight by weight: those that one training went through often do better so than the last one
+    (model soups, Wortsman et al., ICML 2022).
+
     Args:
-        source: our ``.pt`` file, ``last.pt`` too.
+        source: our ``.pt`` file, ``last.pt`` too; or several, of networks of one shape.
         output: where to write the smaller ``.pt`` file.
         spatial_size: grid to use the weights on unless a command names another; None keeps that of the training.
         overwrite: replace an existing output.
 
     Raises:
-        CheckpointError: a weight is not finite or beyond float16's range.
-        ValueError: the network cannot have such a grid.
+        FileExistsError: the output exists.
+        CheckpointError: networks of several shapes, one that cannot have such a grid, or a weight that is not finite
+            or beyond float16's range.
     """
     target = _new_file(output, overwrite)
-    network = load_network(source)
+    name, (state, *others) = str(source), [load_state(path) for path in ensure_tuple(source)]
+    for other in others:
+        if {key: value.shape for key, value in other.items()} != {key: value.shape for key, value in state.items()}:
+            raise CheckpointError(f"{name} are networks of several shapes, which have no average")
+    state = {
+        key: value if key == "grid" else torch.stack([value, *(other[key] for other in others)]).float().mean(0)
+        for key, value in state.items()
+    }
     if spatial_size is not None:
-        network.grid = Neuroverse3D(**network_options(source, spatial_size=spatial_size)).grid
+        state["grid"] = torch.tensor(ensure_tuple_rep(spatial_size, 3))
+        name += f" with a grid of {spatial_size}"
+    network = network_from_state(state, name)
     state = {key: value.half() if value.is_floating_point() else value for key, value in network.state_dict().items()}
     lost = [key for key, value in state.items() if not value.isfinite().all()]
     if lost:

@@ -71,7 +71,7 @@ VERBS: dict[str, Verb] = {
         "nnU-Net folders in /out from the files in /data", "scripts.prepare_data",
         defaults={"input_dir": DATA, "output_dir": OUT},
     ),
-    "demo": Verb("everything once on made-up data, into /out/demo", "scripts.demo",
+    "demo": Verb("made-up subjects segmented and scored with the bundle's weights, into /out/demo", "scripts.demo",
                  defaults={"output_dir": f"{OUT}/demo"}),
     "reproduce": Verb("repeat a run from its manifest and compare", "scripts.reproduce",
                       defaults={"output_dir": f"{OUT}/reproduced"}),

@@ -48,12 +48,12 @@ class MaskImageLoss(SmoothL3L1Loss):
     """:class:`SmoothL3L1Loss`, plus soft Dice where the target is a mask and mean absolute error where it is an image.
 
     The cubic loss alone scores each voxel: a small or uncertain structure is best left out of the mask altogether,
-    its values staying below the threshold. Dice (Milletari et al., 3DV 2016) scores the overlap, so a mask of about
+    its values staying below the threshold. Dice (MONAI's ``DiceLoss``) scores the overlap, so a mask of about
     the right size in about the right place is better than none. And it hardly cares about the small errors that
     images are made of, down to which the absolute error goes on pulling. A mask is what has no values but 0 and 1.
 
     Args:
-        beta: as there.
+        beta: border between the cubic and the linear part, > 0.
         weight: factor on the mean of the first part.
         dice_weight: factor on the Dice loss of masks, which is within [0, 1].
         image_weight: factor on the mean absolute error of images.
@@ -70,7 +70,10 @@ class MaskImageLoss(SmoothL3L1Loss):
         )
 
     def forward(self, pred: Tensor, target: Tensor, group_weight: Tensor | None = None) -> Tensor:
-        """As there, for ``(B, K, H, W, D)``; Dice is taken of each element and channel."""
+        """Two tensors ``(B, K, H, W, D)`` of one shape, targets within [0, 1] -> a scalar.
+
+        Dice is taken of each element and channel. ``group_weight`` ``(B,)`` multiplies all of a batch element.
+        """
         error = super().forward(pred, target, group_weight)
         dice = self.dice_weight * self.dice(pred, target).flatten(1).mean(1)
         absolute = self.image_weight * (pred - target).abs().flatten(1).mean(1)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from types import FrameType, TracebackType
+
+from monai.data.utils import worker_init_fn
 
 STATUS = 128 + signal.SIGTERM
 """Exit status of a program that SIGTERM ended."""
@@ -48,15 +51,25 @@ class StopRequest:
 
 
 def leave_sigterm_to_the_trainer(worker_id: int) -> None:
-    """``worker_init_fn`` of training: loading processes ignore SIGTERM and end with the process that trains.
+    """``worker_init_fn`` of training: loading processes take SIGTERM from the process that trains and from no other.
 
     torchrun, Slurm and shells send it to all processes of a run; without its loader the group in hand, after which the
-    trainer stops, would never be over.
+    trainer stops, would never be over. The trainer itself sends it to loaders that it no longer needs. Seeds random
+    transforms as MONAI does, whose function this replaces.
 
     Args:
-        worker_id: number of the process, which makes no difference.
+        worker_id: number of the process.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    worker_init_fn(worker_id)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(trainer: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

@@ -113,11 +113,24 @@ def test_compact_weights_are_half_as_large_and_answer_the_same(tmp_path, capsys)
     torch.testing.assert_close(loaded(*inputs), network(*inputs), atol=2e-3, rtol=0)
     compact(str(tmp_path / "last.pt"), str(tmp_path / "finer.pt"), spatial_size=[8, 16, 8])
     assert load_network(tmp_path / "finer.pt").grid.tolist() == [8, 16, 8]
-    with pytest.raises(ValueError, match="7"):
+    with pytest.raises(CheckpointError, match="with a grid of 7"):
         compact(str(tmp_path / "last.pt"), str(tmp_path / "odd.pt"), spatial_size=7)
     again = Neuroverse3D(channels=(16, 32), spatial_size=8)
     checkpoint.load_weights(again, tmp_path / "model.pt")
     assert same_state(again.state_dict(), loaded.state_dict())
+
+
+def test_compact_averages_several_networks_of_one_shape(tmp_path):
+    networks = [Neuroverse3D(channels=(2, 4), spatial_size=8) for _ in range(3)]
+    networks.append(Neuroverse3D(channels=(2, 6), spatial_size=8))
+    paths = [str(tmp_path / f"{k}.pt") for k in range(4)]
+    for network, path in zip(networks, paths, strict=True):
+        atomic_save(network.state_dict(), path)
+    compact(paths[:3], str(tmp_path / "mean.pt"))
+    bias = torch.stack([network.target_decoder.output.bias for network in networks[:3]]).mean(0)
+    torch.testing.assert_close(load_network(tmp_path / "mean.pt").target_decoder.output.bias, bias, atol=1e-3, rtol=0)
+    with pytest.raises(CheckpointError, match="several shapes"):
+        compact(paths, str(tmp_path / "none.pt"))
 
 
 @pytest.mark.parametrize("value", [1e5, float("nan")])

@@ -57,3 +57,34 @@ def test_command_line_tools_clean_up():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 143 and "Traceback" not in done.stderr
+
+
+LOADING = """
+import os, signal, sys
+import torch
+from scripts.stop import leave_sigterm_to_the_trainer
+class Cases(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1000
+    def __getitem__(self, index):
+        if index == 6 and sys.argv[1] == "faulty":
+            raise ValueError("a damaged case")
+        return torch.zeros(1)
+loader = torch.utils.data.DataLoader(Cases(), num_workers=2, worker_init_fn=leave_sigterm_to_the_trainer)
+batches = iter(loader)
+next(batches)
+if sys.argv[1] == "others":
+    killer = "import os, signal, sys; [os.kill(int(pid), signal.SIGTERM) for pid in sys.argv[1:]]"
+    os.spawnl(os.P_WAIT, sys.executable, "python", "-c", killer, *(str(worker.pid) for worker in batches._workers))
+print(sum(1 for _ in batches), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("case", "status"), [("others", 0), ("faulty", 1)])
+def test_loading_processes_end_with_the_trainer_and_not_before(case, status):
+    """SIGTERM of others changes nothing; a trainer that fails still gets rid of them."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, case], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == status, done.stderr
+    assert done.stdout == ("999\n" if case == "others" else "") and ("a damaged case" in done.stderr) == bool(status)

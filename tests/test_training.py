@@ -1,5 +1,6 @@
 """Both training stages through their configurations, on tiny synthetic cohorts."""
 
+import contextlib
 import csv
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from monai.bundle import ConfigWorkflow
 
 from scripts.checkpoint import load_network, read_checkpoint
 from scripts.data.written_cohorts import write_cohorts
@@ -332,7 +334,11 @@ def test_sigterm_to_all_processes_of_a_run(data, tmp_path):
         line = next(line for line in process.stdout if "training" in line)
         next(line for line in process.stderr if "loss=" in line)  # groups are being loaded
         os.killpg(process.pid, signal.SIGTERM)
-        rest = process.stdout.read()
+        try:
+            rest, _ = process.communicate(timeout=60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 143 and "--resume true" in rest, line + rest
 
 
@@ -347,6 +353,23 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(data, tmp_path, monke
     with pytest.raises(OSError, match=r"could not write .*\.pt: is the disk full \(\d+ MB free\)\?"):
         train(tmp_path, dataset_dir=str(data), epochs=2, resume=True)
     assert (folder / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_the_pretraining_overlay_learns_masks_and_images(tmp_path, amp):
+    rows = [{"dataset": "synthetic"}, {"dataset": "synthetic", "task": "gaussian_denoising"}]
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
+    options = SMALL | {"output_dir": str(tmp_path), "collection_file": str(tmp_path / "rows.json"), "amp": amp}
+    options |= {"init_checkpoint": None, "epochs": 1, "groups_per_epoch": 6, "batch_size": 1, "val_interval": 1}
+    workflow = ConfigWorkflow(
+        ["configs/train_stage2.json", "configs/pretrain.json"], workflow_type="train", logging_file=False, **options
+    )
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+    (row,) = csv.DictReader((tmp_path / "stage2" / "metrics.csv").open())
+    assert 0 <= float(row["train_dice"]) <= 1 and float(row["train_psnr"]) > 0
+    assert 0 < float(row["train_loss"]) < 20
 
 
 def test_several_tasks_in_one_run(data, tmp_path):

@@ -21,7 +21,7 @@ NEW = [f"synthetic900_{number:02d}" for number in range(5, 10)]
 def place(tmp_path_factory):
     """The folder after all commands were run; on the way each ended with status 0."""
     folder = tmp_path_factory.mktemp("a user's copy")
-    for name in ("configs", "scripts"):
+    for name in ("configs", "models", "scripts"):
         (folder / name).symlink_to(Path(name).resolve())
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     environment = os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
@@ -44,7 +44,7 @@ def dice(first, second):
 
 
 def test_the_blocks_are_those_that_are_meant_to_be_run():
-    assert [language for language, _ in BLOCKS] == ["bash"] * 6 + ["python"]
+    assert [language for language, _ in BLOCKS] == ["bash"] * 5 + ["python"]
     assert TEXT.count("```bash") + TEXT.count("```python") == len(BLOCKS)
 
 
@@ -88,4 +88,6 @@ def test_the_expected_dice_is_about_the_real_one(place):
 def test_python_answers_the_same_in_every_way(place):
     folder = place / "tutorial"
     mask = mask_of(folder / "python" / "mask.nii.gz")
-    assert dice(mask, mask_of(folder / "answers" / f"{NEW[0]}.nii.gz")) > 0.9  # that one is of an ensemble
+    assert (
+        dice(mask, mask_of(folder / "answers" / f"{NEW[0]}.nii.gz")) > 0.8
+    )  # that one is of an ensemble, on another grid

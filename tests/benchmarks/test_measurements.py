@@ -105,8 +105,8 @@ def test_a_start_that_never_gets_there_says_why(tmp_path):
 
 def test_change_of_dice_is_read_from_the_scores(tmp_path, records, monkeypatch):
     (tmp_path / "demo" / "data" / "Dataset900").mkdir(parents=True)
-    (tmp_path / "demo" / "stage1").mkdir()
-    (tmp_path / "demo" / "stage1" / "model.pt").touch()
+    (tmp_path / "demo" / "scores").mkdir()
+    (tmp_path / "demo" / "scores" / "summary.json").touch()
     commands = []
 
     def run(config, options):
@@ -123,5 +123,6 @@ def test_change_of_dice_is_read_from_the_scores(tmp_path, records, monkeypatch):
     assert record["change_of_mean_dice"] == pytest.approx(0.01)
     assert record["largest_change_of_a_case"] == pytest.approx(0.03)
     assert "--amp false" in commands[0][1] and "--amp true" in commands[2][1]
+    assert "--checkpoint" not in commands[0][1], "the bundle's weights, as in the demo"
     with pytest.raises(FileNotFoundError, match="no finished demo in .*: run make demo"):
         bfloat16_dice.bfloat16_dice(demo_dir=str(tmp_path))

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.utils import ensure_tuple, ensure_tuple_rep
 from torch import Tensor
 
 from scripts.atomic import write_atomically
@@ -336,6 +335,8 @@ def compact(
         CheckpointError: networks of several shapes, one that cannot have such a grid, or a weight that is not finite
             or beyond float16's range.
     """
+    from monai.utils import ensure_tuple, ensure_tuple_rep
+
     target = _new_file(output, overwrite)
     name, (state, *others) = str(source), [load_state(path) for path in ensure_tuple(source)]
     for other in others:

@@ -8,8 +8,6 @@ import sys
 import threading
 from types import FrameType, TracebackType
 
-from monai.data.utils import worker_init_fn
-
 STATUS = 128 + signal.SIGTERM
 """Exit status of a program that SIGTERM ended."""
 
@@ -60,10 +58,12 @@ def leave_sigterm_to_the_trainer(worker_id: int) -> None:
     Args:
         worker_id: number of the process.
     """
-    worker_init_fn(worker_id)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    from monai.data.utils import worker_init_fn  # the container's entry point imports this file, and not MONAI
+
+    worker_init_fn(worker_id)
 
 
 def _end_with(trainer: int) -> None:

@@ -97,3 +97,10 @@ def test_it_runs_a_module_as_the_program():
     done = subprocess.run([sys.executable, "-m", "scripts.container", "nonsense"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: unknown command nonsense")
     assert os.linesep not in done.stderr.strip()
+
+
+def test_the_entry_point_starts_without_torch_and_monai():
+    """They take seconds to import, which the command that it starts has to spend anyway."""
+    code = "import sys, scripts.container; print(sorted({'torch', 'monai'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -21,7 +21,7 @@ from benchmarks.unseen_dataset import UnseenCases, interval
 from scripts.checkpoint import load_network
 from scripts.commandline import main
 from scripts.context_source import gather_contexts
-from scripts.engine import MASK_THRESHOLD
+from scripts.data.label_decision import MASK_THRESHOLD
 from scripts.networks import Neuroverse3D
 
 MEANINGS = {

@@ -18,6 +18,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
+from monai.data import MetaTensor
 from monai.metrics import compute_dice
 from tqdm import tqdm
 
@@ -71,8 +72,9 @@ def context_selection(
                 ready = time.perf_counter()
                 scores, used = [], []
                 for case in tqdm(parts["test"][:cases], selection):
-                    scores.append(_dice(predictor, case, values))
-                    used += [name for names in predictor.used.values() for name in names]
+                    target = predictor.complete(predictor.target(case["image"]))
+                    scores.append(_dice(target.prediction, case, values))
+                    used += [name for names in target.used.values() for name in names]
                 facts = {
                     "selection": selection,
                     "seed": seed,
@@ -98,8 +100,8 @@ def _turned(case: Case, folder: Path) -> Case:
     return case | turned
 
 
-def _dice(predictor: ICLInferer, case: Case, values: Sequence[int]) -> list[float]:
-    masks = (predictor.predict(case["image"]).as_tensor(), load_volume(case["label"]).as_tensor())
+def _dice(prediction: MetaTensor, case: Case, values: Sequence[int]) -> list[float]:
+    masks = (prediction.as_tensor(), load_volume(case["label"]).as_tensor())
     answer, truth = (torch.stack([mask[0] == value for value in values])[None] for mask in masks)
     return compute_dice(answer, truth)[0].tolist()
 

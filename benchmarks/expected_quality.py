@@ -92,11 +92,12 @@ def expected_quality(
             rng = np.random.default_rng([seed, number])
             voxels, label = degradation(voxels, label, rng.random(), rng)
             image = MetaTensor(np.ascontiguousarray(voxels, np.float32)[None], affine=image.affine)
-        answer = predictor.predict(image)[0].numpy()
+        target = predictor.complete(inferer.target(image))
+        answer = target.prediction[0].numpy()
         for value in inferer.label_values:
             real = segmentation_metrics(answer == value, label == value, np.asarray(image.affine))["dice"]
             if np.isfinite(real):  # cut off, and nothing found
-                rows.append(_row(case, kind, value, real, predictor.found))
+                rows.append(_row(case, kind, value, real, target.confidence))
         done.add((case, kind))
         write_text(_text(rows), table)
     facts = {

@@ -115,9 +115,9 @@ def _predictor(
     mini_context_size: int,
     device: str,
 ) -> list[torch.Tensor]:
-    predictor = ICLInferer(network, device, mini_context_size=mini_context_size, spacing=SPACING_MM)
+    predictor = ICLInferer(network, device, mini_context_size=mini_context_size, spacing=SPACING_MM, align="off")
     predictor.set_context(images, maps)
-    return [predictor(predictor.to_grid(scan)[None].to(device), predictor.network) for scan in scans]
+    return [predictor(predictor.target(scan).image[None], predictor.network) for scan in scans]
 
 
 if __name__ == "__main__":

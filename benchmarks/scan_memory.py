@@ -1,13 +1,10 @@
 """Peak memory of bringing a large scan to the grid and its answer back.
 
-    python -m benchmarks.scan_memory [--shape "[512,512,400]" --labels 2 --spatial_size 128 --refine true]
+    python -m benchmarks.scan_memory [--shape "[512,512,400]" --labels 2 --spatial_size 128]
 
 The scan is noise in float32 with 0.5 mm voxels; scores are made up: noise in
 a box of 1/27 of the grid per label. What the process holds before it (libraries, and
 the scan's own array, which the caller has anyway) is told apart from what is needed besides.
-With ``--refine true`` each label goes through a second pass of ``ICLInferer`` at the scan's own voxel size, with two
-contexts of the grid's size; the network is left out there, too (it runs on one grid at a time, as in the first pass):
-in its place are the target's intensities.
 """
 
 from __future__ import annotations
@@ -24,7 +21,6 @@ from torch import Tensor
 
 from scripts.commandline import main
 from scripts.inferer import ICLInferer
-from scripts.options import flag
 
 
 class Intensities(torch.nn.Module):
@@ -39,41 +35,38 @@ class Intensities(torch.nn.Module):
         return target.clone()
 
 
-def scan_memory(
-    shape: Sequence[int] = (512, 512, 400), labels: int = 2, spatial_size: int = 128, refine: bool = False
-) -> None:
+def scan_memory(shape: Sequence[int] = (512, 512, 400), labels: int = 2, spatial_size: int = 128) -> None:
     """Print seconds and memory in MiB.
 
     Args:
         shape: voxels of the scan.
         labels: number of score maps.
         spatial_size: voxels of the grid per axis; the scan just fits it.
-        refine: with a second pass.
     """
-    refine = flag(refine)
     voxels = np.empty((1, *shape), np.float32)
     rng = np.random.default_rng(0)
     for part in voxels[0]:
         part[:] = rng.random(part.shape, np.float32)
     scan = MetaTensor(voxels, affine=torch.diag(torch.tensor([0.5, 0.5, 0.5, 1.0], dtype=torch.float64)))
     spacing = 0.5 * max(shape) / spatial_size
-    inferer = ICLInferer(Intensities(spatial_size), "cpu", spacing=spacing, refine=refine)
+    inferer = ICLInferer(Intensities(spatial_size), "cpu", spacing=spacing, align="off")
     inferer.set_context(*zip(*(_context(labels, spatial_size, spacing, rng) for _ in range(2)), strict=True))
     before, started = _peak_mib(), time.perf_counter()
-    target = inferer.to_grid(scan)
+    target = inferer.target(scan)
     there = time.perf_counter()
-    scores = torch.zeros(labels, *target.shape[1:])
+    scores = torch.zeros(labels, *target.image.shape[1:])
     for score in scores:  # each label has a third of the grid's edges to itself, and shares it with some others
         corner = [int(rng.integers(0, n - n // 3 + 1)) for n in score.shape]
         region = tuple(slice(low, low + n // 3) for low, n in zip(corner, score.shape, strict=True))
-        score[region] = target.as_tensor()[0][region].sqrt()
-    answer = inferer.answer(scores, target)
+        score[region] = target.image.as_tensor()[0][region].sqrt()
+    inferer.prepare_views(target)
+    target.scores = [scores]
+    answer = inferer.to_native(target).prediction
     print(
         json.dumps(
             {
                 "shape": list(shape),
                 "labels": labels,
-                "refined_mm": [done.get("spacing_mm") for done in inferer.refined.values()],
                 "scan_mib": round(voxels.nbytes / 2**20, 1),
                 "answer_mib": round(answer.numel() / 2**20, 1),
                 "peak_mib": round(_peak_mib(), 1),

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from benchmarks.unseen_dataset import UnseenCases, interval, mean_dice
 from scripts.checkpoint import load_network
 from scripts.commandline import main
+from scripts.data.preprocessing import PlacedScores
 from scripts.inferer import ICLInferer
 
 _CHANNELS = (16, 32, 64, 128)
@@ -74,10 +75,11 @@ def scratch_unet(
     unet = train_unet(images, classes, len(values), 60 * minutes, learning_rate, device)
     answers["U-Net"] = []
     for target, _ in tqdm(episodes, "U-Net"):
-        on_grid = inferer.to_grid(target[0])
+        on_grid = inferer.context.preprocessing.target(target[0])
         with torch.inference_mode():
             scores = unet(on_grid[None].as_tensor().to(device)).softmax(1)[0, 1:].cpu()
-        answers["U-Net"].append(inferer.answer(scores, on_grid))
+        placed = {value: PlacedScores(score, on_grid) for value, score in zip(values, scores, strict=True)}
+        answers["U-Net"].append(inferer.context.preprocessing.to_native_labels(placed))
         seconds.setdefault("U-Net", time.monotonic() - started)
     for name, found in answers.items():
         dice = [mean_dice(answer, target[1], values) for answer, (target, _) in zip(found, episodes, strict=True)]

@@ -18,9 +18,9 @@ from tqdm import trange
 from benchmarks.unseen_dataset import interval
 from scripts.checkpoint import load_network
 from scripts.commandline import main
+from scripts.data.label_decision import MASK_THRESHOLD
 from scripts.data.label_map_anatomy import LabelMaps, map_names
 from scripts.data.synthesis import LESION, synthesize_cohort
-from scripts.engine import MASK_THRESHOLD
 from scripts.networks import Neuroverse3D
 
 SEED = 10**6

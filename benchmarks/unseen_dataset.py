@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from monai.data import MetaTensor
 from monai.metrics import compute_dice
 from monai.transforms import Affine
@@ -28,8 +27,8 @@ from tqdm import tqdm
 from scripts.atomic import write_json
 from scripts.checkpoint import load_network
 from scripts.commandline import main
+from scripts.data.preprocessing import PlacedScores
 from scripts.data.volumes import load_volume
-from scripts.engine import MASK_THRESHOLD
 from scripts.inferer import ICLInferer
 from scripts.networks import Neuroverse3D
 
@@ -51,6 +50,7 @@ def unseen_dataset(
     alignments: Sequence[str] = ("aligned", "misaligned"),
     seed: int = 0,
     device: str = "cpu",
+    align: str = "deformable",
     output_file: str | None = None,
     quick: bool = False,
 ) -> None:
@@ -65,11 +65,12 @@ def unseen_dataset(
         alignments: aligned, misaligned or both.
         seed: of contexts and misalignments.
         device: where to compute.
+        align: how contexts are brought to a target: off, affine or deformable.
         output_file: JSON file for the rows.
         quick: two cases and one context, to see that it runs.
     """
     context_sizes, cases = ((1,), 2) if quick else (context_sizes, cases)
-    rows = measure(load_network(checkpoint), dataset_dir, part, context_sizes, cases, alignments, seed, device)
+    rows = measure(load_network(checkpoint), dataset_dir, part, context_sizes, cases, alignments, seed, device, align)
     for row in rows:
         print(
             "{alignment:10s} K={context_size:<2d} network {network[0]:.3f} [{network[1]:.3f}, {network[2]:.3f}]  "
@@ -89,10 +90,11 @@ def measure(
     alignments: Sequence[str] = ("aligned", "misaligned"),
     seed: int = 0,
     device: str = "cpu",
+    align: str = "deformable",
 ) -> list[dict]:
     """Rows ``alignment``, ``context_size``, ``cases`` and (mean, low, high) of ``network``, ``averaging``, ``gain``."""
     unseen = UnseenCases(dataset_dir, part, cases, seed)
-    inferer = ICLInferer(network, device, spacing=unseen.spacing(network.grid.tolist()))
+    inferer = ICLInferer(network, device, spacing=unseen.spacing(network.grid.tolist()), align=align)
     rows = []
     for alignment in alignments:
         scores = {size: [] for size in context_sizes}
@@ -157,14 +159,12 @@ class UnseenCases:
 def case_scores(inferer: ICLInferer, target: Pair, contexts: Sequence[Pair]) -> tuple[float, float]:
     """Mean Dice over the labels of one target, on its own voxels: of the network, and of averaging."""
     inferer.set_context([image for image, _ in contexts], [label for _, label in contexts])
-    on_grid = inferer.to_grid(target[0])
-    values = inferer.label_values
-    with torch.no_grad():
-        scores = inferer(on_grid[None].to(inferer.device), inferer.network)[0].cpu()
+    done = inferer.complete(inferer.target(target[0]))
+    values, preprocessing = inferer.label_values, inferer.context.preprocessing
     _, labels = inferer.context.pairs()
-    mean = torch.stack([(labels == value).float().mean(0)[0] for value in values])
-    averaged = inferer.context.preprocessing.to_native_labels(mean, on_grid, values, MASK_THRESHOLD)
-    return mean_dice(inferer.answer(scores, on_grid), target[1], values), mean_dice(averaged, target[1], values)
+    means = {value: (labels == value).float().mean(0)[0] for value in values}
+    averaged = preprocessing.to_native_labels({v: PlacedScores(mean, done.image) for v, mean in means.items()})
+    return mean_dice(done.prediction, target[1], values), mean_dice(averaged, target[1], values)
 
 
 def misalign(image: MetaTensor, label: MetaTensor, rng: np.random.Generator) -> Pair:

@@ -350,6 +350,11 @@ class ContextSet:
         """Whether there are more pairs than serve one target."""
         return self._similar is not None and self._similar < len(self)
 
+    @property
+    def serving(self) -> int:
+        """How many pairs serve one target."""
+        return len(self) if self._similar is None else min(self._similar, len(self))
+
     def choose(self, pool: Sequence[int], similarity: Tensor | None = None) -> list[int]:
         """The pairs that serve a target.
 

@@ -19,9 +19,7 @@ from torch import Tensor
 
 from scripts.data.augmentation import NO_GIN
 from scripts.data.episodes import as_episode
-
-MASK_THRESHOLD = 0.5
-"""A mask is where the network's (linear) output exceeds this."""
+from scripts.data.label_decision import MASK_THRESHOLD
 
 
 def prepare_episode(

@@ -1,12 +1,14 @@
-"""The in-context predictor: context set in, native-space answers out.
+"""The in-context predictor: context set in, predictions on the scans' own voxels out.
 
 :class:`ICLInferer` is what people script with, what ``inference.json`` runs, and what MONAI Label and MONAI
-Deploy call. It knows native space; the network does not.
+Deploy call. It knows native space; the network does not. What it finds about a scan is in that scan's
+:class:`~scripts.inference.target.Target`, so one predictor may serve several threads.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.inferers import Inferer, sliding_window_inference
+from monai.inferers import Inferer
 from monai.transforms import MapTransform
 from torch import Tensor
 
 from scripts.checkpoint import load_network
 from scripts.context_source import gather_contexts
 from scripts.contexts import ContextSet
-from scripts.data.preprocessing import FinerScores
+from scripts.data.preprocessing import resampled
 from scripts.data.volumes import (
     CONSTANT,
     NIFTI_SPACE,
@@ -32,27 +34,28 @@ from scripts.data.volumes import (
     volume_fault,
 )
 from scripts.distributed import usable_device
-from scripts.engine import MASK_THRESHOLD
+from scripts.inference.alignment import MODES, AlignedContexts
+from scripts.inference.target import Target
+from scripts.inference.views import EVEN_SHARE, Episodes, Members, Parts, WholeView, mixed
 from scripts.memory import cache_bytes
 from scripts.networks import Neuroverse3D
 from scripts.passes import Passes
-from scripts.refinement import Refinement
 
 logger = logging.getLogger(__name__)
 
-_DIGEST = "image_digest"
-
-FINER = "finer"
-"""Key of finer scores in a case's data."""
-
 Volume = str | Path | np.ndarray | Tensor | MetaTensor | tuple[np.ndarray, np.ndarray]
+
+OnLabel = Callable[[int, int, int], None]
+"""Called with label, labels done and labels in all after every label of a prediction, in every window."""
 
 
 class ICLInferer(Inferer):
     """Predicts from example pairs.
 
-    A target on the context set's spacing is encoded once and decoded once per label (:class:`Passes`); one that is
-    larger than the grid is tiled with overlapping windows. A context whose image is the target itself is left out.
+    With ``align`` every context is brought to the target first (:class:`AlignedContexts`): where the labels then lie
+    are the regions in which network and contexts answer, at voxels fine enough for them. Without it the whole target
+    is shown on the context set's grid beside the contexts as they are (:class:`WholeView`). A context whose image is
+    the target itself is left out.
 
     Args:
         network: the network, or the path of a checkpoint.
@@ -61,12 +64,14 @@ class ICLInferer(Inferer):
         task: ``segmentation`` or ``generation``.
         labels: label numbers to segment; None takes all that the contexts have.
         mini_context_size: context pairs that run at once; None lets the free memory decide.
-        cache_mb: memory budget in MB for what of the contexts' encoding serves all targets; None takes a quarter of
-            the free memory, 0 keeps nothing.
+        cache_mb: memory budget in MB for what of the contexts serves all targets; None takes a quarter of the free
+            memory, 0 keeps nothing.
         spacing: isotropic voxel size of the grid in mm for :meth:`set_context`; None fits the contexts.
         overlap: of neighbouring windows, part of the grid.
         amp: bfloat16 autocast.
-        refine: look at each label again at finer voxels where it was found (:class:`Refinement`); segmentation only.
+        align: ``off``, ``affine`` or ``deformable``; None is ``deformable`` for segmentation and ``off`` for
+            generation.
+        alignment_record: JSON file to remember the transforms between contexts in.
     """
 
     def __init__(
@@ -81,12 +86,14 @@ class ICLInferer(Inferer):
         spacing: float | None = None,
         overlap: float = 0.25,
         amp: bool = False,
-        refine: bool = False,
+        align: str | None = None,
+        alignment_record: str | None = None,
     ) -> None:
         if task not in ("segmentation", "generation"):
             raise ValueError(f"--task must be segmentation or generation, got {task!r}")
-        if refine and task == "generation":
-            raise ValueError("--refine true is for segmentation: an image-to-image task has no label to look closer at")
+        align = align or ("deformable" if task == "segmentation" else "off")
+        if align not in ("off", *MODES):
+            raise ValueError(f"--align must be off, affine or deformable, got {align!r}")
         self.device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         network = load_network(network) if isinstance(network, (str, Path)) else network
         self.network = network.to(self.device, memory_format=torch.channels_last_3d).eval()
@@ -97,18 +104,13 @@ class ICLInferer(Inferer):
         self.spacing = spacing
         self.overlap = overlap
         self.amp = amp
-        self.refine = refine
-        self.used: dict[int, list[str]] = {}
-        """Names of the contexts of the last prediction, by label."""
-        self.refined: dict[int, dict[str, Any]] = {}
-        """With ``refine``: what was done to each label of the last answer, see :attr:`Refinement.found`."""
-        self.on_label: Callable[[int, int, int], None] | None = None
-        """Called with label, labels done and labels in all after every label of a prediction, in every window."""
+        self.align = align
+        self.alignment_record = alignment_record
+        self.share = EVEN_SHARE
+        """Of the network in the scores of aligned views; the rest is the contexts' votes."""
         self._context = context
         self._passes: Passes | None = None
-        self._refinement: Refinement | None = None
-        self._used_for: str | None = None
-        self._scan: tuple[str, MetaTensor] | None = None
+        self._aligned: AlignedContexts | None = None
 
     @property
     def context(self) -> ContextSet:
@@ -122,6 +124,23 @@ class ICLInferer(Inferer):
         if self._context is None or len(self._context) == 0:
             raise ValueError("no contexts: call set_context, or give --context_dir")
         return self._context
+
+    @property
+    def aligned(self) -> AlignedContexts | None:
+        """What brings the contexts to a target; None with ``align="off"``."""
+        if self.align == "off":
+            return None
+        if self._aligned is None or self._aligned.context is not self.context:
+            halvings = len(getattr(self.network, "channels", (1,))) - 1
+            self._aligned = AlignedContexts(
+                self.context,
+                self.align,
+                self.device,
+                2**halvings,
+                cache_bytes(self.cache_mb, torch.device("cpu")),
+                self.alignment_record,
+            )
+        return self._aligned
 
     def set_context(self, images: Sequence[Volume], labels: Sequence[Volume]) -> None:
         """Use these example pairs for all targets to come.
@@ -149,7 +168,7 @@ class ICLInferer(Inferer):
     def take_over(self, other: ICLInferer) -> None:
         """Take what another predictor with the same network has made of context pairs that both have.
 
-        Answers stay the same; pairs that are in both sets need not be read and encoded again.
+        Predictions stay the same; pairs that are in both sets need not be read, encoded and aligned again.
 
         Args:
             other: the predictor, whose contexts may be others.
@@ -157,6 +176,8 @@ class ICLInferer(Inferer):
         same = self.context.take_over(other.context)
         if other._passes is not None and other._passes.context is other.context:
             self._passes_of(self.network, self.context).take_over(other._passes, same)
+        if self.aligned is not None and other._aligned is not None and other._aligned.context is other.context:
+            self.aligned.take_over(other._aligned, same)
 
     @property
     def label_values(self) -> list[int]:
@@ -176,12 +197,11 @@ class ICLInferer(Inferer):
             raise ValueError("the contexts have no label other than background")
         return values
 
-    def predict(self, image: Volume, scorer: Inferer | None = None) -> MetaTensor:
-        """Answer for one target in its own space.
+    def predict(self, image: Volume) -> MetaTensor:
+        """Prediction for one target in its own space.
 
         Args:
             image: as in :meth:`set_context`.
-            scorer: what finds the scores, called as this predictor is, which does it itself by default.
 
         Returns:
             ``(1, H, W, D)`` with the target's affine: label numbers (uint8, or int16/int32 if needed), or for
@@ -192,159 +212,181 @@ class ICLInferer(Inferer):
             VolumeError: as :func:`as_volume`, or the image is constant.
             ValueError: no contexts, or an asked-for label is in none of them.
         """
-        volume = as_volume(image)
-        if volume.min() == volume.max():
-            raise VolumeError(_name_of(image), CONSTANT.format(float(volume.min())))
-        target = self.to_grid(volume)
-        scores = (scorer or self)(target[None].to(self.device), self.network)
-        return self.answer(scores[0].cpu(), target)
+        return self.complete(self.target(image)).prediction
 
-    def to_grid(self, volume: MetaTensor) -> MetaTensor:
-        """Bring a target ``(1, H, W, D)`` to the context set's spacing; it remembers which image it was.
+    def target(self, image: Volume, name: str = "", case: Mapping[str, Any] | None = None) -> Target:
+        """A target, ready for :meth:`complete`.
 
-        With ``refine`` the image is kept until :meth:`finer`, or the next target.
+        Args:
+            image: as in :meth:`set_context`.
+            name: what reports call it.
+            case: what the folder it comes from says of it.
+
+        Raises:
+            VolumeError: as :func:`as_volume`, or the image is constant.
         """
-        self._scan = None
-        target = self.context.preprocessing.target(volume)
-        target.meta[_DIGEST] = volume_digest(volume)
-        if self.refine:
-            self._scan = target.meta[_DIGEST], volume
-        return target
+        scan = as_volume(image)
+        if scan.min() == scan.max():
+            raise VolumeError(_name_of(image), CONSTANT.format(float(scan.min())))
+        on_grid = self.context.preprocessing.target(scan)
+        return Target(scan, on_grid, volume_digest(scan), name, case or {})
+
+    def complete(self, target: Target, on_label: OnLabel | None = None) -> Target:
+        """Look at a target and bring what was found to its own space.
+
+        Args:
+            target: from :meth:`target`.
+            on_label: see there.
+
+        Returns:
+            The target, with ``prediction``.
+        """
+        return self.to_native(self.look(target, self.network, on_label))
 
     def __call__(
-        self,
-        inputs: Tensor,
-        network: torch.nn.Module,
-        *args: Any,
-        among: Sequence[int] | None = None,
-        **kwargs: Any,
+        self, inputs: Tensor, network: torch.nn.Module, *args: Any, target: Target | None = None, **kwargs: Any
     ) -> Tensor:
-        """Scores of a preprocessed target.
+        """Scores of a preprocessed target, as MONAI's engines ask for them.
 
         Args:
             inputs: ``(1, 1, h, w, d)`` from the context set's preprocessing.
             network: runs the windows (``self.network``, or the caller's own).
             args: not used.
-            among: numbers of the contexts that may be used; None for all.
-            kwargs: not used.
+            target: takes what was found; None makes one of ``inputs``, which then is all there is of the scan.
+            kwargs: ``on_label``; others are not used.
 
         Returns:
-            ``(1, K, h, w, d)`` float32, one channel per label of :attr:`label_values`.
+            ``(1, K, h, w, d)`` float32, one channel per label of :attr:`label_values`, 0 outside of every view.
         """
-        context = self.context
-        members = self._members(inputs, among)
-        self.used = {value: [context.names[i] for i in chosen] for value, chosen in members.items()}
-        self._used_for = _digest_of(inputs)
+        target = target or self.target_on_grid(inputs)
+        self.look(target, network, kwargs.get("on_label"))
+        return self.on_grid(target)
 
-        def scores_of(window: Tensor) -> Tensor:
-            if isinstance(network, Neuroverse3D):
-                return self._passes_of(network, context).scores(window, members, self.on_label)
-            scores = []
-            for value, chosen in members.items():
-                if chosen:
-                    images, wanted = (part[None] for part in context.episode(chosen, value))
-                    scores.append(
-                        network(window, images, wanted, mini_context_size=self.mini_context_size or 1).float()
-                    )
-                else:
-                    scores.append(torch.zeros_like(window))
-                if self.on_label is not None:
-                    self.on_label(value, len(scores), len(members))
-            return torch.cat(scores, dim=1)
+    def target_on_grid(self, inputs: Tensor) -> Target:
+        """A target of which there is no more than its preprocessed image ``(1, 1, h, w, d)``."""
+        spacing = self.context.preprocessing.spacing_mm
+        affine = inputs.affine if isinstance(inputs, MetaTensor) else torch.diag(torch.tensor([spacing] * 3 + [1.0]))
+        plain = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        scan = MetaTensor(plain[0].cpu(), affine=affine.reshape(4, 4))
+        whole = [(0, size) for size in scan.shape[1:]]
+        image = self.context.preprocessing.target(scan, whole)
+        return Target(
+            scan, MetaTensor(scan.as_tensor(), affine=scan.affine, meta=dict(image.meta)), volume_digest(scan)
+        )
 
-        grid = context.preprocessing.spatial_size
-        with torch.no_grad(), torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp):
-            plain = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
-            return sliding_window_inference(plain, grid, 1, scores_of, self.overlap, mode="gaussian")
+    def look(self, target: Target, network: torch.nn.Module, on_label: OnLabel | None = None) -> Target:
+        """Show a target to the network: its ``views``, their ``scores``, and the contexts ``used``."""
+        started = time.monotonic()
+        self.prepare_views(target)
+        members = self.members_of(target)
+        target.used = {value: [self.context.names[i] for i in chosen] for value, chosen in members.items()}
+        aligned = time.monotonic()
+        target.scores = [mixed(part, self.share) for part in self.parts(target, network, members, on_label)]
+        target.seconds |= {"alignment": round(aligned - started, 3), "network": round(time.monotonic() - aligned, 3)}
+        return target
 
-    def finer(self, scores: Tensor, target: MetaTensor) -> dict[int, FinerScores]:
-        """Look again at finer voxels, with the same contexts; what was done is then in :attr:`refined`.
-
-        Args:
-            scores: ``(K, h, w, d)``.
-            target: as made last by :meth:`to_grid`, whose scan is let go of.
-
-        Returns:
-            By label, where it gains by it.
-
-        Raises:
-            ValueError: the scan is not at hand.
-        """
-        (kept, scan), self._scan = self._scan or (None, None), None
-        if scan is None or kept != _digest_of(target):
-            raise ValueError("refine needs the target's scan: call to_grid, the prediction and finer or answer in turn")
-        context = self.context
-        if self._used_for == kept:
-            members = {value: [context.names.index(name) for name in self.used[value]] for value in self.label_values}
+    def prepare_views(self, target: Target) -> None:
+        """Bring the contexts to a target, or lay it beside them as it is; once."""
+        if target.views:
+            return
+        if self.aligned is None:
+            target.views = [WholeView(target.image, self.label_values, self.context)]
         else:
-            members = self._members(target, None)
-        if self._refinement is None or self._refinement.context is not context:
-            self._refinement = Refinement(context, cache_bytes(self.cache_mb, torch.device("cpu")))
-        found = self._refinement(dict(zip(self.label_values, scores, strict=True)), target, scan, members, self._look)
-        self.refined = self._refinement.found
-        return found
+            self.aligned.prepare(target, self.label_values, self._eligible(target))
 
-    def answer(self, scores: Tensor, target: MetaTensor, finer: Mapping[int, FinerScores] | None = None) -> MetaTensor:
-        """Scores on the grid -> answer in the target's own space.
+    def on_grid(self, target: Target) -> Tensor:
+        """A target's scores on its preprocessed image, ``(1, K, h, w, d)``; 0 outside of every view."""
+        placed = target.scores_by_label()
+        return torch.stack([resampled(placed[value], target.image) for value in self.label_values])[None]
+
+    def members_of(self, target: Target, among: Sequence[int] | None = None) -> dict[int, list[int]]:
+        """Numbers of the contexts that serve a target, by label; none where it is the only one that has it.
 
         Args:
-            scores: ``(K, h, w, d)``.
-            target: the preprocessed target ``(1, h, w, d)``, with its operations recorded.
-            finer: from :meth:`finer`; with ``refine``, None calls it.
-
-        Returns:
-            As :meth:`predict`.
+            target: with its views.
+            among: numbers of the contexts that may be used; None for all.
         """
-        preprocessing = self.context.preprocessing
-        if self.task == "segmentation":
-            finer = self.finer(scores, target) if self.refine and finer is None else finer
-            return preprocessing.to_native_labels(scores, target, self.label_values, MASK_THRESHOLD, finer)
-        low, high = self.context.output_range
-        native = preprocessing.to_native(scores.clamp(0, 1), target)
-        native.as_tensor().mul_(high - low).add_(low)  # in place: at native resolution a copy is another scan
-        return native
-
-    def _look(self, image: Tensor, images: Tensor, masks: Tensor) -> Tensor:
-        """Scores ``(h, w, d)`` of an image ``(1, h, w, d)`` for one label; contexts are ``(L, 1, *grid)``."""
-        planned = self._passes.mini_context_size if self._passes else self.mini_context_size
-
-        def score_of(window: Tensor) -> Tensor:
-            return self.network(window, images[None], masks[None], mini_context_size=planned or 1).float()
-
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            grid, window = images.shape[2:], image[None].to(self.device)
-            return sliding_window_inference(window, grid, 1, score_of, self.overlap, mode="gaussian")[0, 0].cpu()
-
-    def _passes_of(self, network: Neuroverse3D, context: ContextSet) -> Passes:
-        if self._passes is None or self._passes.network is not network or self._passes.context is not context:
-            self._passes = Passes(network, context, self.mini_context_size, self.cache_mb, self.amp)
-        return self._passes
-
-    def _members(self, inputs: Tensor, among: Sequence[int] | None) -> dict[int, list[int]]:
-        """Numbers of the contexts to use, by label; none where the target is the only one that has it."""
-        context = self.context
-        similarity = context.similarity(inputs) if context.chooses else None
-        digest = _digest_of(inputs)
-        itself = context.same_image(digest) if digest else []
+        context, eligible = self.context, self._eligible(target)
+        similarity = None
+        if self.aligned is not None:
+            eligible = {value: [i for i in pool if i in target.aligned] for value, pool in eligible.items()}
+            similarity = torch.tensor([target.aligned.get(i, -1.0) for i in range(len(context))])
+        elif context.chooses:
+            similarity = context.similarity(target.image)
         members = {}
-        for value in self.label_values:
-            pool = [i for i in context.holding(value) if i not in itself and (among is None or i in among)]
-            members[value] = context.choose(pool, similarity)
-            if not pool:
-                which = "" if self.task == "generation" else f" with label {value}"
-                logger.warning("there is no context%s but the target itself: its answer is empty", which)
-        if similarity is not None:
-            for chosen in dict.fromkeys(map(tuple, members.values())):
-                served = ", ".join(str(value) for value, numbers in members.items() if tuple(numbers) == chosen)
-                shown = ", ".join(f"{context.names[i]} ({similarity[i]:.2f})" for i in chosen)
-                logger.info("most similar contexts for label %s: %s", served, shown)
+        for value, pool in eligible.items():
+            members[value] = context.choose([i for i in pool if among is None or i in among], similarity)
         return members
 
+    def parts(
+        self,
+        target: Target,
+        network: torch.nn.Module,
+        members: Members,
+        on_label: OnLabel | None = None,
+    ) -> list[Parts]:
+        """What network and contexts say in each view of a target, on the CPU.
 
-def _digest_of(target: Tensor) -> str | None:
-    """Which scan a target was made from."""
-    digest = target.meta.get(_DIGEST) if isinstance(target, MetaTensor) else None
-    return digest[0] if isinstance(digest, (list, tuple)) else digest  # of a batch
+        Args:
+            target: with its views.
+            network: runs the windows.
+            members: numbers of the contexts to use, by label.
+            on_label: see there.
+        """
+
+        def of_window(window: Tensor, episodes: Episodes, asked: Members) -> Tensor:
+            return self._window_scores(window.to(self.device), network, episodes, asked, on_label).cpu()
+
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            return [view.parts({v: members[v] for v in view.values}, of_window, self.overlap) for view in target.views]
+
+    def to_native(self, target: Target) -> Target:
+        """Bring a target's scores to its own voxels: its ``prediction``, as :meth:`predict` returns it."""
+        preprocessing, started = self.context.preprocessing, time.monotonic()
+        if self.task == "segmentation":
+            target.prediction = preprocessing.to_native_labels(target.scores_by_label())
+        else:
+            low, high = self.context.output_range
+            found = target.scores_by_label()[1]
+            native = preprocessing.to_native(found.scores.clamp(0, 1)[None], found.target)
+            native.as_tensor().mul_(high - low).add_(low)  # in place: at native resolution a copy is another scan
+            target.prediction = native
+        target.seconds["native"] = round(time.monotonic() - started, 3)
+        return target
+
+    def _window_scores(
+        self, window: Tensor, network: torch.nn.Module, episodes: Episodes, members: Members, on_label: OnLabel | None
+    ) -> Tensor:
+        if isinstance(network, Neuroverse3D):
+            return self._passes_of(network, episodes).scores(window, members, on_label)
+        scores = []
+        for value, chosen in members.items():
+            if chosen:
+                images, wanted = (part[None] for part in episodes.episode(chosen, value))
+                scores.append(network(window, images, wanted, mini_context_size=self.mini_context_size or 1).float())
+            else:
+                scores.append(torch.zeros_like(window))
+            if on_label is not None:
+                on_label(value, len(scores), len(members))
+        return torch.cat(scores, dim=1)
+
+    def _passes_of(self, network: Neuroverse3D, episodes: Episodes) -> Passes:
+        """Passes that keep what serves all targets, if the contexts are the same for all of them."""
+        if not isinstance(episodes, ContextSet):
+            return Passes(network, episodes, self.mini_context_size, 0, self.amp)
+        if self._passes is None or self._passes.network is not network or self._passes.context is not episodes:
+            self._passes = Passes(network, episodes, self.mini_context_size, self.cache_mb, self.amp)
+        return self._passes
+
+    def _eligible(self, target: Target) -> dict[int, list[int]]:
+        """Numbers of the contexts that have a label and are not the target itself, by label."""
+        itself = self.context.same_image(target.digest)
+        found = {value: [i for i in self.context.holding(value) if i not in itself] for value in self.label_values}
+        for value, pool in found.items():
+            if not pool:
+                which = "" if self.task == "generation" else f" with label {value}"
+                logger.warning("there is no context%s but the target itself: its prediction is empty", which)
+        return found
 
 
 def as_volume(source: Volume) -> MetaTensor:
@@ -377,59 +419,51 @@ def _name_of(source: Volume) -> str:
     return str(source) if isinstance(source, (str, Path)) else "the given volume"
 
 
-class ToGridd(MapTransform):
-    """Brings a loaded target to the context set's spacing (``ICLInferer.to_grid``)."""
-
-    def __init__(self, keys: Hashable, inferer: ICLInferer) -> None:
-        super().__init__(keys)
-        self.inferer = inferer
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Each key: ``(1, H, W, D)`` -> ``(1, h, w, d)``."""
-        return {**data, **{key: self.inferer.to_grid(data[key]) for key in self.keys}}
-
-
-class RefineScoresd(MapTransform):
-    """Adds finer scores under ``finer`` (``ICLInferer.finer``), for the transforms behind it.
+class LoadTargetd(MapTransform):
+    """A case of a folder -> its target, read once (``ICLInferer.target``).
 
     Args:
-        keys: the scores, one key.
-        inferer: the predictor that made them.
-        image_key: the preprocessed target.
+        keys: the image's path; its place takes the preprocessed image.
+        predictor: the predictor.
+        name_key: the case's name.
+        target_key: where the target goes.
     """
 
-    def __init__(self, keys: Hashable, inferer: ICLInferer, image_key: str = "image") -> None:
+    def __init__(
+        self, keys: Hashable, predictor: ICLInferer, name_key: str = "case", target_key: str = "target"
+    ) -> None:
         super().__init__(keys)
-        self.inferer = inferer
-        self.image_key = image_key
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """``(K, h, w, d)`` -> by label :class:`FinerScores`."""
-        return {**data, FINER: self.inferer.finer(data[self.keys[0]].cpu(), data[self.image_key].cpu())}
-
-
-class ToAnswerd(MapTransform):
-    """Brings scores back to the target's own space (``ICLInferer.answer``).
-
-    Args:
-        keys: the scores.
-        inferer: the predictor that made them.
-        image_key: the preprocessed target.
-        name_key: the case's name, which the saved file will have; it may be absent.
-    """
-
-    def __init__(self, keys: Hashable, inferer: ICLInferer, image_key: str = "image", name_key: str = "case") -> None:
-        super().__init__(keys)
-        self.inferer = inferer
-        self.image_key = image_key
+        self.predictor = predictor
         self.name_key = name_key
+        self.target_key = target_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Each key: ``(K, h, w, d)`` -> ``(1, H, W, D)``."""
-        answers = {}
-        for key in self.keys:
-            answer = self.inferer.answer(data[key].cpu(), data[self.image_key].cpu(), data.get(FINER))
-            source = data[self.image_key].meta.get("filename_or_obj", "")
-            answer.meta["filename_or_obj"] = f"{data[self.name_key]}.nii.gz" if self.name_key in data else source
-            answers[key] = answer
-        return {**data, **answers}
+        """``image`` path -> ``image`` ``(1, h, w, d)`` and ``target``.
+
+        Raises:
+            VolumeError: the file cannot be used.
+        """
+        (key,) = self.keys
+        target = self.predictor.target(data[key], data[self.name_key], data)
+        return {**data, key: target.image, self.target_key: target}
+
+
+class ToNatived(MapTransform):
+    """Scores -> the prediction on the target's own voxels (``ICLInferer.to_native``).
+
+    Args:
+        keys: where the prediction goes.
+        predictor: the predictor.
+        target_key: the target, with its scores.
+    """
+
+    def __init__(self, keys: Hashable, predictor: ICLInferer, target_key: str = "target") -> None:
+        super().__init__(keys)
+        self.predictor = predictor
+        self.target_key = target_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Each key: ``(1, H, W, D)``, named for its file."""
+        target = self.predictor.to_native(data[self.target_key])
+        target.prediction.meta["filename_or_obj"] = f"{target.name}.nii.gz"
+        return {**data, **{key: target.prediction for key in self.keys}}

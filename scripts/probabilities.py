@@ -9,7 +9,7 @@ from typing import Any
 
 from monai.transforms import MapTransform
 
-from scripts.inferer import FINER, ICLInferer
+from scripts.inferer import ICLInferer
 from scripts.native_nifti import save_native
 
 STEPS = 1024
@@ -27,38 +27,27 @@ class SaveProbabilitiesd(MapTransform):
     One label at a time is brought to the target's voxels, so that memory does not grow with the number of labels.
 
     Args:
-        keys: the scores ``(K, h, w, d)`` on the grid.
-        inferer: the predictor that made them.
+        keys: the target, with its scores.
+        predictor: the predictor that made them.
         output_dir: the run's output folder.
-        image_key: the preprocessed target.
-        name_key: the case's name.
 
     Raises:
         ValueError: a generation task.
     """
 
-    def __init__(
-        self,
-        keys: Hashable,
-        inferer: ICLInferer,
-        output_dir: str,
-        image_key: str = "image",
-        name_key: str = "case",
-    ) -> None:
+    def __init__(self, keys: Hashable, predictor: ICLInferer, output_dir: str) -> None:
         super().__init__(keys)
-        if inferer.task == "generation":
-            raise ValueError("--probabilities true is for segmentation: the answer of a generation task is the score")
-        self.inferer = inferer
+        if predictor.task == "generation":
+            raise ValueError("--probabilities true is for segmentation: what a generation task predicts is the score")
+        self.predictor = predictor
         self.output_dir = output_dir
-        self.image_key = image_key
-        self.name_key = name_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write the maps of each key."""
-        folder, target = probability_folder(self.output_dir, data[self.name_key]), data[self.image_key].cpu()
-        for key in self.keys:
-            for channel, value in enumerate(self.inferer.label_values):
-                scores, finer = data[key][channel : channel + 1].cpu(), [data.get(FINER, {}).get(value)]
-                native = self.inferer.context.preprocessing.to_native(scores, target, 3, finer)  # as the mask is made
+        for target in (data[key] for key in self.keys):
+            folder = probability_folder(self.output_dir, target.name)
+            for value, placed in target.scores_by_label().items():
+                # as the mask is made
+                native = self.predictor.context.preprocessing.to_native(placed.scores[None], placed.target, 3)
                 save_native((native.clamp(0, 1) * STEPS).round() / STEPS, folder / f"label_{value}.nii.gz")
         return dict(data)

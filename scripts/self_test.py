@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
+from monai.data import MetaTensor
 from monai.metrics import compute_dice
 from monai.networks.utils import one_hot
 from torch import Tensor
 from tqdm import tqdm
 
 from scripts.contexts import ContextSet
-from scripts.data.preprocessing import least_score
-from scripts.engine import MASK_THRESHOLD
+from scripts.data.preprocessing import Preprocessing
+from scripts.inference.views import View
 
 logger = logging.getLogger(__name__)
 
@@ -28,26 +30,15 @@ LOW_FENCE = 3.0
 LOW_MARGIN = 0.1
 """...if it is also this much below the median: contexts that agree very well have a tiny spread."""
 
-
-def label_map(scores: Tensor) -> Tensor:
-    """Which label wins where, by the rule of ``Preprocessing.to_native_labels``.
-
-    Args:
-        scores: ``(K, h, w, d)``, one channel per label.
-
-    Returns:
-        ``(1, h, w, d)`` whole numbers: 0 for background, k + 1 for the label of channel k.
-    """
-    best, channel = scores.max(dim=0, keepdim=True)
-    rival = scores.topk(2, dim=0).values[1:] if len(scores) > 1 else torch.zeros_like(best)
-    return torch.where(best > least_score(rival, MASK_THRESHOLD), channel + 1, 0)
+MISSED_PART = 0.05
+"""A label lies partly outside of its view if so much of it does; less is what resampling changes."""
 
 
 def dice_by_label(answer: Tensor, truth: Tensor, count: int) -> list[float]:
     """MONAI's Dice of each of ``count`` labels.
 
     Args:
-        answer: ``(1, h, w, d)``, as from :func:`label_map`.
+        answer: ``(1, h, w, d)``, as from :func:`~scripts.data.label_decision.winning_label`.
         truth: the same.
         count: K.
 
@@ -93,34 +84,53 @@ def fellows(context: ContextSet, number: int) -> list[int]:
     return [other for other in range(len(context)) if other not in itself]
 
 
-def leave_one_out(
+def held_out(
     context: ContextSet,
     values: Sequence[int],
-    predict: Callable[[Tensor, list[int]], Tensor],
     limit: int = MAX_TESTED,
     title: str = "self-test",
     progress: bool = True,
-) -> Iterator[tuple[int, dict[int, float]]]:
-    """Predict every context from the others.
+) -> Iterator[tuple[int, MetaTensor, MetaTensor, list[int]]]:
+    """Contexts to predict from the others.
 
     Args:
         context: the context set.
-        values: label numbers, in the order of the scores' channels.
-        predict: image ``(1, 1, H, W, D)`` and numbers of the contexts to use -> scores ``(1, K, H, W, D)``.
+        values: label numbers.
         limit: test at most so many contexts.
         title: of the progress bar.
         progress: show it.
 
     Yields:
-        A context's number and the Dice on the grid of each of its labels that others have too.
+        A context's number, its image and label map ``(1, H, W, D)``, and those of its labels that others have too.
     """
     cases = predictable(context, values, limit)
     for number, labels in tqdm(cases.items(), title, unit="context", disable=not (progress and cases)):
-        image, label = context.pairs([number])
-        scores = predict(image, fellows(context, number))[0].cpu()
-        truth = sum((k + 1) * (label[0] == value).long() for k, value in enumerate(values))
-        dice = dict(zip(values, dice_by_label(label_map(scores), truth, len(values)), strict=True))
-        yield number, {value: dice[value] for value in labels}
+        yield number, *context.native(number), labels
+
+
+def dice_in_views(views: Sequence[View], winners: Sequence[Tensor], label: MetaTensor) -> dict[int, float]:
+    """Dice of each label on the voxels of the view that answers for it.
+
+    What of a label lies outside of its view counts as missed.
+
+    Args:
+        views: of a target.
+        winners: of each view, ``(1, h, w, d)``, from :func:`~scripts.data.label_decision.winning_label`.
+        label: ``(1, H, W, D)``, the target's label map.
+    """
+    scan_voxel = float(np.prod(nib.affines.voxel_sizes(np.asarray(label.affine))))
+    dice = {}
+    for view, winner in zip(views, winners, strict=True):
+        shown = Preprocessing.label_on(label, view.image)
+        ratio = scan_voxel / float(np.prod(nib.affines.voxel_sizes(np.asarray(view.image.affine))))
+        truth = sum((k + 1) * (shown == value).long() for k, value in enumerate(view.values))
+        found = dict(zip(view.values, dice_by_label(winner, truth, len(view.values)), strict=True))
+        for k, value in enumerate(view.values):
+            inside = int((truth == k + 1).sum())
+            missed = max(int((label == value).sum()) * ratio - inside, 0.0)
+            both = int((winner == k + 1).sum()) + inside
+            dice[value] = found[value] * both / (both + missed) if missed > MISSED_PART * inside else found[value]
+    return dice
 
 
 def summary(dice: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:

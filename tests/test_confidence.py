@@ -7,9 +7,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.data import MetaTensor
 
-from scripts.confidence import ConfidentInferer, Votes
+from scripts.confidence import ConfidentInferer, Firmness
 from scripts.data.written_cohorts import write_cohorts
 from scripts.inferer import ICLInferer
 from scripts.networks import Neuroverse3D
@@ -46,17 +45,21 @@ def pair(seed, to_the_left=0):
 
 
 def predictor(answer=label_average, count=6, task="segmentation", to_the_left=0, **options):
-    inferer = ICLInferer(Network(answer), device="cpu", task=task)
+    inferer = ICLInferer(Network(answer), device="cpu", task=task, align="off")
     images, labels = zip(*(pair(seed, to_the_left) for seed in range(count)), strict=True)
     inferer.set_context(images, labels)
     return ConfidentInferer(inferer, progress=False, **options)
 
 
-def votes_of(*members):
-    votes = Votes()
+def confidence_of(confident, image):
+    return confident.complete(confident.predictor.target(image)).confidence
+
+
+def agreement_of(*members):
+    firmness = Firmness()
     for member in members:
-        votes.add(member)
-    return votes.agreement(sum(members) / len(members))
+        firmness.add(member[0])
+    return firmness.agreement(sum(members)[0] / len(members))
 
 
 def blob(height):
@@ -66,53 +69,53 @@ def blob(height):
 
 
 def test_agreement_of_firm_masks_is_one():
-    assert votes_of(blob(1.0), blob(1.0)) == [1.0]
+    assert agreement_of(blob(1.0), blob(1.0)) == [1.0]
 
 
 def test_agreement_falls_with_soft_scores_and_with_members_that_differ():
-    (soft,) = votes_of(blob(0.6))  # gone at two of five thresholds
+    (soft,) = agreement_of(blob(0.6))  # gone at two of five thresholds
     assert soft == pytest.approx(2 * 0.6 / 1.6)
-    (apart,) = votes_of(blob(1.0), blob(1.0), blob(1.0).roll(1, 2))
+    (apart,) = agreement_of(blob(1.0), blob(1.0), blob(1.0).roll(1, 2))
     assert 0.8 < apart < 1
 
 
 def test_agreement_counts_against_the_other_labels():
     rival = torch.cat((blob(1.0), blob(0.9)), dim=1)
-    first, second = votes_of(rival)
+    first, second = agreement_of(rival)
     assert first == pytest.approx(2 * 0.6 / 1.6) and second == 0
-    assert votes_of(blob(0.1)) == [0.0]
+    assert agreement_of(blob(0.1)) == [0.0]
 
 
 def test_agreement_is_with_the_answer_where_labels_touch():
     touching = torch.cat((blob(0.45), blob(0.4)), dim=1)  # the first one's everywhere, at three of five thresholds
-    first, second = votes_of(touching)
+    first, second = agreement_of(touching)
     assert first == pytest.approx(2 * 0.6 / 1.6) and second == 0
 
 
 def test_without_ensemble_the_scores_are_the_predictors_own():
     confident = predictor()
-    target = confident.inferer.to_grid(MetaTensor(pair(50)[0][None], affine=torch.eye(4)))[None]
-    plain = confident.inferer(target, confident.inferer.network)
-    assert torch.equal(confident(target, confident.inferer.network), plain)
-    image = pair(50)[0]
-    assert torch.equal(confident.predict(image), confident.inferer.predict(image)) and confident.predict(image).any()
-    assert set(confident.found) == {"similarity", "agreement", "expected_dice", "flags"}
-    assert confident.found["expected_dice"] == {} and 0.5 < confident.found["agreement"]["1"] < 1
-    assert confident.found["flags"] == [] and confident.found["similarity"] > 0.8
+    image, network = pair(50)[0], confident.predictor.network
+    on_grid = confident.predictor.target(image).image[None]
+    assert torch.equal(confident(on_grid, network), confident.predictor(on_grid, network))
+    assert torch.equal(confident.predict(image), confident.predictor.predict(image)) and confident.predict(image).any()
+    found = confidence_of(confident, image)
+    assert set(found) == {"similarity", "agreement", "expected_dice", "flags"}
+    assert found["expected_dice"] == {} and 0.5 < found["agreement"]["1"] < 1
+    assert found["flags"] == [] and found["similarity"] > 0.8
 
 
 def test_an_ensemble_averages_and_is_repeatable():
     first, again, other = (predictor(ensemble=4, seed=seed) for seed in (0, 0, 1))
     scores = []
     for confident in (first, again, other):
-        target = confident.inferer.to_grid(MetaTensor(pair(50)[0][None], affine=torch.eye(4)))[None]
+        target = confident.predictor.target(pair(50)[0])
         confident.prepare()
-        confident.inferer.network.calls = 0
-        scores.append(confident(target, confident.inferer.network))
-        assert confident.inferer.network.calls == 4
-        assert len(confident.inferer.used[1]) == 6  # the members use parts of these
+        confident.predictor.network.calls = 0
+        scores.append(confident(target.image[None], confident.predictor.network, target=target))
+        assert confident.predictor.network.calls == 4
+        assert len(target.used[1]) == 6  # the members use parts of these
     assert torch.equal(scores[0], scores[1]) and not torch.equal(scores[0], scores[2])
-    labels = confident.inferer.context.pairs()[1].float()
+    labels = confident.predictor.context.pairs()[1].float()
     assert scores[0].min() >= 0 and torch.all(scores[0][0] <= labels.amax(0))
 
 
@@ -120,16 +123,15 @@ def test_self_test_turns_agreement_into_expected_dice():
     confident = predictor(self_test=True)
     found = confident.prepare()
     assert len(found["contexts"]) == 6 and 0.6 < found["mean_dice"]["1"] < 1
-    confident.predict(pair(50)[0])
-    agreement, expected = (confident.found[key]["1"] for key in ("agreement", "expected_dice"))
+    trust = confidence_of(confident, pair(50)[0])
+    agreement, expected = (trust[key]["1"] for key in ("agreement", "expected_dice"))
     mean_dice, mean_agreement = (found[key]["1"] for key in ("mean_dice", "mean_agreement"))
     assert expected == pytest.approx(mean_dice * (agreement / mean_agreement) ** 1.75, abs=1e-3)
     assert abs(expected - mean_dice) < 0.15
     other = predictor(self_test=True)
-    other.inferer.network.calls = 0
-    assert other.prepare(json.loads(json.dumps(found))) == found and other.inferer.network.calls == 0
-    other.predict(pair(50)[0])
-    assert other.found == confident.found
+    other.predictor.network.calls = 0
+    assert other.prepare(json.loads(json.dumps(found))) == found and other.predictor.network.calls == 0
+    assert confidence_of(other, pair(50)[0]) == trust
 
 
 def test_an_answer_less_firm_than_in_any_context_is_flagged():
@@ -137,18 +139,15 @@ def test_an_answer_less_firm_than_in_any_context_is_flagged():
         return labels.mean(1) * (1 if target.mean() > 0.1 else 0.7)
 
     confident = predictor(unsure_of_dark_scans, self_test=True)
-    confident.predict(pair(50)[0])
-    assert not confident.found["flags"] and confident.found["expected_dice"]["1"] > 0.6
-    firm = confident.found["expected_dice"]["1"]
-    confident.predict(pair(50)[0] ** 6)
-    assert any("label 1: agreement" in flag for flag in confident.found["flags"])
-    assert confident.found["expected_dice"]["1"] < firm
+    firm, unsure = (confidence_of(confident, image) for image in (pair(50)[0], pair(50)[0] ** 6))
+    assert not firm["flags"] and firm["expected_dice"]["1"] > 0.6
+    assert any("label 1: agreement" in flag for flag in unsure["flags"])
+    assert unsure["expected_dice"]["1"] < firm["expected_dice"]["1"]
 
 
 def test_a_scan_unlike_the_contexts_is_flagged():
-    confident = predictor()
-    confident.predict(1 - pair(50)[0])
-    assert any("unlike every context in layout" in flag for flag in confident.found["flags"])
+    flags = confidence_of(predictor(), 1 - pair(50)[0])["flags"]
+    assert any("unlike every context in layout" in flag for flag in flags)
 
 
 def test_only_mirrors_that_do_no_harm_are_used(caplog):
@@ -167,20 +166,20 @@ def test_a_label_in_one_context_only_has_no_self_test(caplog):
     confident = predictor(count=1, self_test=True, ensemble=3)
     assert confident.prepare() is None
     assert "two contexts or more" in caplog.text
-    assert confident.predict(pair(50)[0]).any() and confident.found["expected_dice"] == {}
+    assert confident.predict(pair(50)[0]).any() and confidence_of(confident, pair(50)[0])["expected_dice"] == {}
 
 
 def test_a_target_among_two_contexts_still_has_the_other_in_every_member():
     confident = predictor(count=2, ensemble=5)
     assert confident.predict(pair(0)[0]).any()  # a member without contexts would have dragged the mean below 0.5
-    assert confident.found["agreement"]["1"] == 1
+    assert confidence_of(confident, pair(0)[0])["agreement"]["1"] == 1
 
 
 def test_image_to_image_tasks_have_no_dice(caplog):
     confident = predictor(task="generation", ensemble=3, self_test=True)
     assert confident.prepare() is None and "no self-test" in caplog.text
-    confident.predict(pair(50)[0])
-    assert confident.found["agreement"] == {} and confident.found["similarity"] > 0.8
+    found = confidence_of(confident, pair(50)[0])
+    assert found["agreement"] == {} and found["similarity"] > 0.8
 
 
 def test_senseless_ensemble():

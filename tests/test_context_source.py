@@ -414,40 +414,45 @@ def varied(root, write_nifti):
     return root
 
 
+def whole_inferer(network, source):
+    return ICLInferer(network, device="cpu", context=source, align="off")
+
+
 def test_each_target_and_label_gets_its_contexts(varied, caplog):
     network = LabelAverage()
-    predictor = ICLInferer(network, device="cpu", context=ContextSource(str(varied), network, 2, selection="similar"))
+    predictor = whole_inferer(network, ContextSource(str(varied), network, 2, selection="similar"))
     seen = set()
     for number, name in enumerate(NAMES):
         target = load_volume(varied / "imagesTr" / f"{name}_0000.nii.gz")
         with caplog.at_level(logging.INFO):
-            predictor.predict(target + 3 * torch.rand(1, *GRID))  # like that one, but another scan
-        assert predictor.used[1][0] == name and len(predictor.used[1]) == len(predictor.used[2]) == 2
-        assert set(predictor.used[2]) <= set(NAMES[3:]) and (predictor.used[2][0] == name) == (number > 2)
+            scan = target + 3 * torch.rand(1, *GRID)  # like that one, but another scan
+            used = predictor.complete(predictor.target(scan)).used
+        assert used[1][0] == name and len(used[1]) == len(used[2]) == 2
+        assert set(used[2]) <= set(NAMES[3:]) and (used[2][0] == name) == (number > 2)
         assert f"most similar contexts for label 1: {name} (" in caplog.text.replace("label 1, 2:", "label 1:")
-        images, _ = predictor.context.pairs([NAMES.index(n) for n in predictor.used[2]])
+        images, _ = predictor.context.pairs([NAMES.index(n) for n in used[2]])
         assert torch.equal(network.given[-1], images)
-        predictor.predict(target)
-        assert all(name not in used and len(used) == 2 for used in predictor.used.values())
-        seen |= set(predictor.used[1])
+        itself = predictor.complete(predictor.target(target)).used
+        assert all(name not in others and len(others) == 2 for others in itself.values())
+        seen |= set(itself[1])
     assert len(seen) > 2
 
 
 def test_the_choice_is_among_those_allowed(varied):
     network = LabelAverage()
-    predictor = ICLInferer(network, device="cpu", context=ContextSource(str(varied), network, 2, selection="similar"))
-    target = predictor.to_grid(load_volume(varied / "imagesTr" / "p0_0000.nii.gz") + torch.rand(1, *GRID))
-    predictor(target[None], network, among=[1, 2, 4])
-    assert set(predictor.used[1]) <= {"p1", "p2", "p4"} and len(predictor.used[1]) == 2
-    assert predictor.used[2] == ["p4"]
+    predictor = whole_inferer(network, ContextSource(str(varied), network, 2, selection="similar"))
+    target = predictor.target(load_volume(varied / "imagesTr" / "p0_0000.nii.gz") + torch.rand(1, *GRID))
+    members = predictor.members_of(target, among=[1, 2, 4])
+    assert set(members[1]) <= {1, 2, 4} and len(members[1]) == 2
+    assert members[2] == [4]
 
 
 def test_one_context_serves_all_but_itself(root, caplog):
     network = LabelAverage()
-    predictor = ICLInferer(network, device="cpu", context=ContextSource(str(root), network, 1, selection="first"))
+    predictor = whole_inferer(network, ContextSource(str(root), network, 1, selection="first"))
     assert predictor.predict(root / "imagesTr" / "p3_0000.nii.gz").any()
-    assert not predictor.predict(root / "imagesTr" / "p0_0000.nii.gz").any()
-    assert predictor.used == {1: [], 2: []}
+    itself = predictor.complete(predictor.target(root / "imagesTr" / "p0_0000.nii.gz"))
+    assert not itself.prediction.any() and itself.used == {1: [], 2: []}
     assert "there is no context with label 1 but the target itself" in caplog.text
 
 

@@ -17,24 +17,23 @@ def oblique():
 
 
 def test_maps_are_the_scores_behind_the_mask_in_the_target_s_space(tmp_path):
-    inferer = ICLInferer(LabelAverage(), device="cpu", spacing=1.0)
+    inferer = ICLInferer(LabelAverage(), device="cpu", spacing=1.0, align="off")
     images, labels = contexts(2)
     labels = [MetaTensor(label + (label.roll(6, 1) > 0) * 4 * (label == 0), affine=label.affine) for label in labels]
     inferer.set_context(images, labels)
     assert inferer.label_values == [1, 4]
     source = oblique()
-    target = inferer.to_grid(source)
-    scores = torch.stack([2 * torch.rand(target.shape[1:]) - 0.5 for _ in range(2)])
-    save = SaveProbabilitiesd("pred", inferer, str(tmp_path))
-    data = {"pred": scores, "image": target, "case": "günther"}
-    assert save(data)["pred"] is scores
+    target = inferer.target(source, "günther")
+    inferer.prepare_views(target)
+    target.scores = [torch.stack([2 * torch.rand(target.image.shape[1:]) - 0.5 for _ in range(2)])]
+    assert SaveProbabilitiesd("target", inferer, str(tmp_path))({"target": target})["target"] is target
     files = [nib.load(probability_folder(tmp_path, "günther") / f"label_{value}.nii.gz") for value in (1, 4)]
     maps = np.stack([file.get_fdata(dtype=np.float32) for file in files])
     for file in files:
         assert file.shape == source.shape[1:] and file.get_data_dtype() == np.float32
         assert np.allclose(file.affine, source.affine, atol=1e-4)
     assert maps.min() == 0 and maps.max() == 1 and np.array_equal(maps * STEPS, np.round(maps * STEPS))
-    mask = inferer.answer(scores, target)[0].numpy()
+    mask = inferer.to_native(target).prediction[0].numpy()
     best = maps.max(0)
     clear = (np.abs(best - 0.5) > 1 / STEPS) & (np.abs(maps[0] - maps[1]) > 1 / STEPS)
     clear &= (best > 0.5) | (maps.min(0) < 0.04)  # below it, touching labels have a rule of their own

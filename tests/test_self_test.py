@@ -7,10 +7,13 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
+from scripts.confidence import ConfidentInferer
 from scripts.contexts import ContextSet, Example
-from scripts.data.preprocessing import Preprocessing
-from scripts.engine import MASK_THRESHOLD
-from scripts.self_test import dice_by_label, fellows, label_map, leave_one_out, predictable, spread, summary, table
+from scripts.data.label_decision import winning_label
+from scripts.data.preprocessing import PlacedScores, Preprocessing
+from scripts.inference.views import WholeView
+from scripts.inferer import ICLInferer
+from scripts.self_test import dice_by_label, dice_in_views, fellows, held_out, predictable, spread, summary, table
 
 SIZE = 8
 
@@ -42,27 +45,36 @@ def box(value=1, start=2, stop=6):
     return label
 
 
-def average(context, values):
-    """Predicts the mean of the labels it may use, and notes whom it used for which image."""
-    seen = {}
+class LabelAverage(torch.nn.Module):
+    """Predicts the mean of the labels it is shown, and keeps how many."""
 
-    def predict(image, among):
-        seen[int(image.max())] = among
-        labels = context.pairs(among)[1][:, 0]
-        return torch.stack([(labels == value).float().mean(0) for value in values])[None]
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("grid", torch.tensor((SIZE,) * 3))
+        self.shown = []
 
-    return predict, seen
+    def forward(self, target, images, labels, mini_context_size):
+        self.shown.append(labels.shape[1])
+        return labels.mean(1)
+
+
+def self_tested(labels):
+    """Self-test of contexts with these label maps, and how many contexts each was predicted from."""
+    images = [torch.rand(SIZE, SIZE, SIZE, generator=torch.Generator().manual_seed(i)) for i in range(len(labels))]
+    predictor = ICLInferer(LabelAverage(), device="cpu", spacing=1.0, align="off")
+    predictor.set_context(images, labels)
+    return ConfidentInferer(predictor, self_test=True, progress=False).prepare(), predictor.network.shown
 
 
 def test_the_highest_score_above_the_threshold_wins():
     scores = torch.tensor([[0.49, 0.6, 0.6, 0.2], [0.02, 0.7, 0.5, 0.51]])[:, None, None]
-    assert label_map(scores).flatten().tolist() == [0, 2, 1, 2]
+    assert winning_label(scores).flatten().tolist() == [0, 2, 1, 2]
 
 
 def test_labels_that_touch_leave_no_gap():
     scores = torch.tensor([[0.45, 0.45, 0.26, 0.3], [0.4, 0.04, 0.25, 0.2]])[:, None, None]
-    assert label_map(scores).flatten().tolist() == [1, 0, 0, 0]
-    assert label_map(torch.tensor([[0.51, 0.5]])[:, None, None]).flatten().tolist() == [1, 0]
+    assert winning_label(scores).flatten().tolist() == [1, 0, 0, 0]
+    assert winning_label(torch.tensor([[0.51, 0.5]])[:, None, None]).flatten().tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -71,8 +83,8 @@ def test_labels_are_decided_as_in_answers(count):
     preprocessing = Preprocessing((SIZE,) * 3, 1.0)
     target = preprocessing.target(MetaTensor(image, affine=torch.eye(4)))  # on its own voxels
     scores = torch.rand(count, SIZE, SIZE, SIZE) * 0.8 - 0.1
-    answer = preprocessing.to_native_labels(scores, target, range(1, count + 1), MASK_THRESHOLD)
-    assert torch.equal(label_map(scores), answer.long()) and 0.1 < (answer > 0).float().mean() < 0.95
+    answer = preprocessing.to_native_labels({k + 1: PlacedScores(score, target) for k, score in enumerate(scores)})
+    assert torch.equal(winning_label(scores), answer.long()) and 0.1 < (answer > 0).float().mean() < 0.95
 
 
 def test_dice_by_label():
@@ -99,23 +111,33 @@ def test_spread(count, limit, chosen):
 
 
 def test_no_context_is_predicted_from_itself():
+    found, shown = self_tested([box(1)] * 4)
+    assert found["contexts"] == {f"context {i + 1}": {"1": 1.0} for i in range(4)}
+    assert shown == [3] * 4
+
+
+def test_no_more_contexts_are_tested_than_asked_for():
     context = context_set([box(1)] * 4)
-    predict, seen = average(context, [1])
-    tested = dict(leave_one_out(context, [1], predict, progress=False))
-    assert tested == {i: {1: 1.0} for i in range(4)}
-    assert seen == {i: [j for j in range(4) if j != i] for i in range(4)}
-    assert len(list(leave_one_out(context, [1], predict, limit=2, progress=False))) == 2
+    context.native = lambda number: (None, None)
+    assert [number for number, *_ in held_out(context, [1], limit=2, progress=False)] == [0, 3]
 
 
 def test_the_context_with_a_wrong_label_is_named():
     labels = [box(1) + box(7, 6, 7) for _ in range(6)]
     labels[4] = box(7) + box(1, 6, 7)  # exchanged
-    context = context_set(labels)
-    predict, _ = average(context, [1, 7])
-    found = summary({context.names[i]: dice for i, dice in leave_one_out(context, [1, 7], predict, progress=False)})
-    assert found["worst"] == "context 4" and found["out_of_line"] == ["context 4"]
+    found, _ = self_tested(labels)
+    assert found["worst"] == "context 5" and found["out_of_line"] == ["context 5"]
     assert found["lowest_dice"]["1"] == 0 and found["mean_dice"]["1"] == pytest.approx(5 / 6, abs=1e-4)
-    assert "lowest: context 4 (label 1: 0.000, label 7: 0.000)" in table(found)
+    assert "lowest: context 5 (label 1: 0.000, label 7: 0.000)" in table(found)
+
+
+def test_what_of_a_label_lies_outside_of_the_view_is_missed():
+    label = MetaTensor(box(1, 2, 6)[None].float(), affine=torch.eye(4))
+    scan = MetaTensor(torch.rand(1, SIZE, SIZE, SIZE), affine=torch.eye(4))
+    half = Preprocessing((1, 1, 1), 1.0).target(scan, [(0, 4), (0, SIZE), (0, SIZE)])
+    view = WholeView(half, [1], None)
+    winner = Preprocessing.label_on(label, half).long()
+    assert dice_in_views([view], [winner], label)[1] == pytest.approx(2 / 3)
 
 
 def test_summary_of_contexts_that_agree():

@@ -21,6 +21,7 @@ from monai.transforms.utils_pytorch_numpy_unification import percentile
 from monai.utils.enums import MetaKeys
 from torch import Tensor
 
+from scripts.data.label_decision import TOUCHING, least_score
 from scripts.data.nnunet import Case
 from scripts.data.resampling import (
     GridAxis,
@@ -30,6 +31,7 @@ from scripts.data.resampling import (
     sample_labels,
     sample_linear,
     spline_coefficients,
+    whole_scan,
 )
 from scripts.data.volumes import load_volume
 
@@ -37,9 +39,6 @@ PERCENTILES = (0.5, 99.5)
 """Intensities are clipped to these percentiles of a case, as in the published recipe."""
 
 RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
-
-_TOUCHING = 0.05
-"""Scores up to this are noise: where a label has no more, it neither wins nor counts as a neighbour."""
 
 _SOURCE_AFFINE = "source_affine"
 _GRID_AXES = "grid_axes"
@@ -49,33 +48,16 @@ Box = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class FinerScores:
-    """One label's scores on a finer grid over a part of a target.
+class PlacedScores:
+    """One label's scores on a grid over a scan or a part of it; outside of it the label is not.
 
     Attributes:
         scores: ``(h, w, d)``.
-        target: ``(1, h, w, d)``, from :meth:`Preprocessing.target` for a box of the scan.
+        target: ``(1, h, w, d)``, from :meth:`Preprocessing.target`: where in the scan they are.
     """
 
     scores: Tensor
     target: MetaTensor
-
-
-def least_score(rival: Tensor, threshold: float) -> Tensor:
-    """What a label's score has to exceed for a voxel not to be background.
-
-    Between two labels that touch, both scores fall below the threshold, and a gap would open. So the rival's score
-    counts as not being background, and the threshold is for the share of what is left. For exclusive labels this is
-    nearly the highest of all shares, the background's included.
-
-    Args:
-        rival: highest score of the other labels, any shape; up to 0.05 it counts as none.
-        threshold: of a label on its own.
-
-    Returns:
-        ``threshold * (1 - rival)``, of the same shape.
-    """
-    return threshold * (1 - torch.where(rival > _TOUCHING, rival, 0))
 
 
 class ForegroundMask(MapTransform):
@@ -198,17 +180,13 @@ class Preprocessing:
         low, high = (percentile(output, q) for q in PERCENTILES)
         return float(low), float(high)
 
-    def to_native(
-        self, scores: Tensor, target: MetaTensor, order: int = 1, finer: Sequence[FinerScores | None] = ()
-    ) -> MetaTensor:
+    def to_native(self, scores: Tensor, target: MetaTensor, order: int = 1) -> MetaTensor:
         """Bring scores on a preprocessed target's voxels back to the target's own space.
 
         Args:
             scores: ``(K, h, w, d)`` on the voxels of ``target``.
             target: from :meth:`target`.
             order: of the splines, 1 (trilinear) or 3 (cubic, as :meth:`to_native_labels` has it).
-            finer: scores that take the place of the others where they reach, None for a channel without; of none if
-                empty.
 
         Returns:
             ``(K, H, W, D)`` float32, 0 outside the grid, with the source's affine and meta data. For label numbers,
@@ -217,61 +195,69 @@ class Preprocessing:
         Raises:
             ValueError: scores of other voxels than the target's.
         """
-        shape = _slabs_of(scores[0], target, order).shape
-        native = np.zeros((len(scores), *shape), np.float32)
-        for score, fine, result in zip(scores, finer or [None] * len(scores), native, strict=True):
-            for one, its_target in [(score, target), *([(fine.scores, fine.target)] if fine else [])]:
-                slabs, spline = _slabs_of(one, its_target, order), spline_coefficients(one) if order == 3 else one
-                for part in slabs:
-                    slabs.put(slabs.interpolate(spline, part), part, result)
+        slabs = _slabs_of(scores[0], target, order)
+        native = np.zeros((len(scores), *slabs.shape), np.float32)
+        for score, result in zip(scores, native, strict=True):
+            spline = spline_coefficients(score) if order == 3 else score
+            for part in slabs:
+                slabs.put(slabs.interpolate(spline, part), part, result)
         return _in_source_space(torch.from_numpy(native), target)
 
-    def to_native_labels(
-        self,
-        scores: Tensor,
-        target: MetaTensor,
-        values: Sequence[int],
-        threshold: float,
-        finer: Mapping[int, FinerScores] | None = None,
-    ) -> MetaTensor:
+    def to_native_labels(self, scores: Mapping[int, PlacedScores]) -> MetaTensor:
         """Bring scores back to the target's own space and give each voxel the label with the highest one.
 
         The scores are resampled by cubic splines, label by label and slab by slab. Voxels whose highest score is not
-        above :func:`least_score` are background.
+        above :func:`~scripts.data.label_decision.least_score` are background, and so are those outside of every grid.
 
         Args:
-            scores: ``(K, h, w, d)`` on the voxels of ``target``.
-            target: from :meth:`target`.
-            values: K label numbers.
-            threshold: of a label on its own.
-            finer: by label number, scores that take the place of the others where they reach.
+            scores: by label number; all of parts of one scan.
 
         Returns:
             ``(1, H, W, D)`` uint8 (int16 or int32 where the numbers need it), with the source's affine and meta data.
             At equal scores the first label wins.
 
         Raises:
-            ValueError: scores of other voxels than the target's, or not one per label.
+            ValueError: scores of other voxels than their target's.
         """
-        if len(values) != len(scores):
-            raise ValueError(f"need one score per label, got {len(scores)} for {len(values)} labels")
-        smallest = next(t for t in (np.uint8, np.int16, np.int32) if max(values) <= np.iinfo(t).max)
-        slabs = _slabs_of(scores[0], target, order=3)
-        labels = [_LabelScores(slabs, score, (finer or {}).get(v)) for score, v in zip(scores, values, strict=True)]
-        native = np.zeros(slabs.shape, smallest)
+        target = next(iter(scores.values())).target
+        slabs = whole_scan(target_axes(target))
+        labels = {value: _LabelScores(slabs, placed) for value, placed in scores.items()}
+        native = np.zeros(slabs.shape, _smallest_type(max(scores)))
         for part in slabs:
             number = torch.zeros(slabs.shape_of(part), dtype=torch.int32)
             best, second = torch.zeros(number.shape), torch.zeros(number.shape)
-            for label, value in zip(labels, values, strict=True):
+            for value, label in labels.items():
                 region, score = label.on(part)
                 if region is None:
                     continue
                 number[region].masked_fill_(score > best[region], value)
                 second[region] = torch.maximum(second[region], torch.minimum(best[region], score))
                 best[region] = torch.maximum(best[region], score)
-            number.masked_fill_(best <= least_score(second, threshold), 0)
+            number.masked_fill_(best <= least_score(second), 0)
             slabs.put(number, part, native)
         return _in_source_space(torch.from_numpy(native)[None], target)
+
+    @staticmethod
+    def label_on(label: MetaTensor, target: MetaTensor) -> Tensor:
+        """A scan's label map on the voxels of a target that was made of it.
+
+        Args:
+            label: ``(1, H, W, D)``, label numbers on the scan's voxels.
+            target: ``(1, h, w, d)``, from :meth:`target`.
+
+        Returns:
+            ``(1, h, w, d)``, label numbers; 0 where the grid goes beyond the scan.
+        """
+        axes, sizes = target_axes(target), target.shape[1:]
+        ahead = [round(a.before) for a in axes]
+        counts = [
+            min(size - before, int((a.size - 1 - a.start) / a.step + 0.5) + 1)
+            for a, size, before in zip(axes, sizes, ahead, strict=True)
+        ]
+        found = torch.zeros(sizes, dtype=label.dtype)
+        inside = tuple(slice(before, before + count) for before, count in zip(ahead, counts, strict=True))
+        found[inside] = sample_labels(label[0].as_tensor(), axes, counts)
+        return found[None]
 
     def _lay_grid(
         self, image: MetaTensor, label: MetaTensor | None = None, box: Box | None = None
@@ -323,39 +309,53 @@ def _slabs_of(score: Tensor, target: MetaTensor, order: int) -> ScanSlabs:
     return ScanSlabs(axes, target.shape[1:], order)
 
 
-class _LabelScores:
-    """One label's cubic spline on a scan's voxels, slab by slab, and the finer one's where there is one.
+def resampled(placed: PlacedScores, target: MetaTensor) -> Tensor:
+    """Scores of a part of a scan on the voxels of another target of it, trilinearly; 0 outside of the part.
 
     Args:
-        slabs: of the target.
-        score: ``(h, w, d)`` on its voxels.
-        finer: scores that take the place of these where they reach.
+        placed: scores, and where they are.
+        target: ``(1, h, w, d)``, from :meth:`Preprocessing.target`.
+    """
+    weights = []
+    for own, there, size, count in zip(
+        target_axes(target), target_axes(placed.target), target.shape[1:], placed.scores.shape, strict=True
+    ):
+        places = own.start + (torch.arange(size, dtype=torch.float64) - own.before) * own.step  # in the scan
+        places = (places - there.start) / there.step + there.before
+        away = (places[:, None] - torch.arange(count, dtype=torch.float64)).abs()
+        weights.append((1 - away).clamp(min=0).float())
+    return torch.einsum("ah,bw,cd,hwd->abc", *weights, placed.scores.float())
+
+
+class _LabelScores:
+    """One label's cubic spline on a scan's voxels, slab by slab.
+
+    Args:
+        scan: slabs of the whole scan.
+        placed: its scores, and where they are.
     """
 
-    def __init__(self, slabs: ScanSlabs, score: Tensor, finer: FinerScores | None) -> None:
-        self._slabs = slabs
-        self._spline = spline_coefficients(score)
-        self._counting = self._spline > _TOUCHING
-        self._finer_slabs = _slabs_of(finer.scores, finer.target, order=3) if finer else None
-        self._finer_spline = spline_coefficients(finer.scores) if finer else None
+    def __init__(self, scan: ScanSlabs, placed: PlacedScores) -> None:
+        self._scan = scan
+        self._slabs = _slabs_of(placed.scores, placed.target, order=3)
+        self._spline = spline_coefficients(placed.scores)
+        self._counting = self._spline > TOUCHING
 
     def on(self, part: slice) -> tuple[tuple[slice, slice, slice] | None, Tensor | None]:
         """Region of a slab, in RAS order, with all scores that count, and the scores there; None if there are none."""
-        region = self._slabs.region(self._counting, part)
-        places = self._slabs.overlap(self._finer_slabs, part) if self._finer_slabs else None
+        places = self._scan.overlap(self._slabs, part)
         if places is None:
-            return region, None if region is None else self._slabs.interpolate(self._spline, part, region)
+            return None, None
         here, there = places
-        both = here[:2] if region is None else list(map(_hull, here[:2], region[:2]))
-        region = (*both, slice(None))
-        score = self._slabs.interpolate(self._spline, part, region)
-        right, anterior = (slice(a.start - b.start, a.stop - b.start) for a, b in zip(here[:2], both, strict=True))
-        score[right, anterior, here[2]] = self._finer_slabs.interpolate(self._finer_spline, there[2], there)
-        return region, score
+        region = self._slabs.region(self._counting, there[2])
+        if region is None:
+            return None, None
+        sides = [slice(a.start + b.start, a.start + b.stop) for a, b in zip(here[:2], region[:2], strict=True)]
+        return (*sides, here[2]), self._slabs.interpolate(self._spline, there[2], region)
 
 
-def _hull(a: slice, b: slice) -> slice:
-    return slice(min(a.start, b.start), max(a.stop, b.stop))
+def _smallest_type(number: int) -> type[np.integer]:
+    return next(t for t in (np.uint8, np.int16, np.int32) if number <= np.iinfo(t).max)
 
 
 def _without_affine(meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -306,6 +306,12 @@ class ScanSlabs:
         view[*self._inside[:2], self._inside[2]][..., part] = slab.numpy()
 
 
+def whole_scan(axes: Sequence[GridAxis]) -> ScanSlabs:
+    """All voxels of a scan, of which ``axes`` are a grid, in slabs."""
+    own = [GridAxis(a.axis, a.flipped, a.size, 0, 1.0) for a in axes]
+    return ScanSlabs(own, [a.size for a in axes])
+
+
 def _forward(axis: GridAxis, count: int) -> Tensor:
     return axis.start + torch.arange(count, dtype=torch.float64) * axis.step
 

@@ -1,0 +1,182 @@
+"""A region of a target with the contexts that were brought there: what they vote, and what the network says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.inferers import sliding_window_inference
+from torch import Tensor
+
+from scripts.data.label_decision import MASK_THRESHOLD
+from scripts.data.preprocessing import PERCENTILES
+from scripts.inference.views import Members, Parts, WindowScores
+from scripts.registration import Alignment, vote, vote_weights
+
+MISALIGNED_PART = 0.2
+"""A context votes only if it covers at least so much of the region."""
+
+
+class AlignedView:
+    """A region of a target. Contexts are added one by one; then it is closed.
+
+    Args:
+        image: ``(1, h, w, d)`` in [0, 1], with its place in the scan.
+        values: labels.
+        generation: the contexts' answers are images; there is one label, 1.
+        window: what the network sees at once; a larger region is tiled.
+
+    Attributes:
+        image: as given.
+        values: as given.
+        similarity: by number of each context, after alignment, -1 to 1.
+        words: by number, the transform in words.
+        facts: for ``report.json``: ``labels``, ``spacing_mm``, ``region_mm`` (edges along R, A, S), ``centre_mm``, and
+            the share of ``folded`` voxels.
+    """
+
+    def __init__(self, image: MetaTensor, values: Sequence[int], generation: bool, window: Sequence[int]) -> None:
+        self.image = image
+        self.values = tuple(values)
+        self.similarity: dict[int, float] = {}
+        self.words: dict[int, str] = {}
+        self.facts: dict[str, Any] = {}
+        self._generation = generation
+        self._window = list(window)
+        self._kind = ""
+        self._folded = 0.0
+        self._images: dict[int, Tensor] = {}
+        self._answers: dict[int, Tensor] = {}
+
+    def add(self, number: int, found: Alignment, k: int, image: MetaTensor, answer: MetaTensor) -> None:
+        """Bring a context to the region, if it covers enough of it.
+
+        Args:
+            number: of the context.
+            found: transforms of this region to contexts.
+            k: which of them.
+            image: ``(1, H, W, D)`` around the region, from 0 to 1.
+            answer: the same voxels.
+        """
+        inside = torch.ones_like(image.as_tensor())
+        if self._generation:
+            masks = answer.as_tensor().float()
+        else:
+            masks = torch.cat([(answer.as_tensor() == value).float() for value in self.values])
+        both = MetaTensor(torch.cat([image.as_tensor(), inside, masks]), affine=image.affine)
+        device = found.displacement.device if found.displacement is not None else self.image.device
+        warped = found.warp(both.to(device), k, self.image.shape[1:], self.image.affine).cpu()
+        seen = warped[1] > MASK_THRESHOLD
+        if seen.float().mean() < MISALIGNED_PART:
+            return
+        self._images[number] = _scaled(warped[:1], seen)
+        self._answers[number] = (_scaled(warped[2:], seen) if self._generation else warped[2:]).half()
+        self.similarity[number] = float(found.similarity[k])
+        self.words[number] = found.describe(k)
+        self._folded = max(self._folded, float(found.folded[k]))
+        self._kind = found.kind
+
+    def close(self, scan: MetaTensor, box: Sequence[tuple[int, int]]) -> AlignedView | None:
+        """The view, with its :attr:`facts`; None if no context was added."""
+        if not self._images:
+            return None
+        centre = nib.affines.apply_affine(np.asarray(scan.affine), [(low + high - 1) / 2 for low, high in box])
+        spacing = float(nib.affines.voxel_sizes(np.asarray(self.image.affine))[0])
+        self.facts = {
+            "labels": list(self.values),
+            "spacing_mm": round(spacing, 3),
+            "region_mm": [round(size * spacing, 1) for size in self.image.shape[1:]],
+            "centre_mm": [round(float(place), 1) for place in centre],
+            "compared": self._kind,
+            "folded": round(self._folded, 5),
+        }
+        return self
+
+    def shown(self, number: int, value: int) -> tuple[Tensor, Tensor]:
+        """A context's image and soft mask for a label as they lie on the region, each ``(h, w, d)``."""
+        return self._images[number][0], self._answers[number][self.values.index(value)].float()
+
+    def parts(self, members: Members, of_window: WindowScores, overlap: float) -> Parts:
+        """As :class:`~scripts.inference.views.View`; contexts that are not aligned with the region are left out."""
+        members = {value: [n for n in chosen if n in self._images] for value, chosen in members.items()}
+        numbers = sorted({number for chosen in members.values() for number in chosen})
+        target = self.image.as_tensor()
+        if not numbers:
+            empty = target.new_zeros((len(self.values), *target.shape[1:]))
+            return empty, empty
+        images = torch.stack([self._images[number] for number in numbers])
+        answers = torch.stack([self._answers[number] for number in numbers]).float()
+        wanted = answers if self._generation else (answers > MASK_THRESHOLD).float()
+        stack = torch.cat([target, images.flatten(0, 1), wanted.flatten(0, 1)])[None]
+        place = {number: i for i, number in enumerate(numbers)}
+
+        def scores_of(window: Tensor) -> Tensor:
+            seen = _Seen(window[0, 1:], place, self.values)
+            return of_window(window[:, :1], seen, members)
+
+        roi = [min(size, most) for size, most in zip(target.shape[1:], self._window, strict=True)]
+        scores = sliding_window_inference(stack, roi, 1, scores_of, overlap, mode="gaussian")[0]
+        return scores, self._votes(members, numbers, images, answers)
+
+    def _votes(self, members: Members, numbers: Sequence[int], images: Tensor, answers: Tensor) -> Tensor:
+        votes, weights = [], {}
+        for channel, value in enumerate(self.values):
+            chosen = tuple(members[value])
+            if not chosen:
+                votes.append(torch.zeros(images.shape[2:]))
+                continue
+            if chosen not in weights:
+                counting = torch.tensor([number in chosen for number in numbers])
+                weights[chosen] = vote_weights(self.image.as_tensor(), images, self._kind, counting)
+            votes.append(vote(weights[chosen], answers[:, channel : channel + 1])[0])
+        return torch.stack(votes)
+
+
+class EmptyView:
+    """Labels that lie outside of a target: their scores are 0.
+
+    Args:
+        image: ``(1, h, w, d)``, the preprocessed target.
+        values: labels.
+    """
+
+    def __init__(self, image: MetaTensor, values: Sequence[int]) -> None:
+        self.image = image
+        self.values = tuple(values)
+
+    def parts(self, members: Members, of_window: WindowScores, overlap: float) -> Parts:
+        """As :class:`~scripts.inference.views.View`."""
+        return self.image.as_tensor().new_zeros((len(self.values), *self.image.shape[1:])), None
+
+
+class _Seen:
+    """The part of aligned contexts that a window shows.
+
+    Args:
+        channels: ``(L + L * K, H, W, D)``: L images, and K wanted outputs of each.
+        place: position among the L by number.
+        values: the K labels.
+    """
+
+    def __init__(self, channels: Tensor, place: dict[int, int], values: Sequence[int]) -> None:
+        count = len(place)
+        self._images = channels[:count]
+        self._wanted = channels[count:].unflatten(0, (count, len(values)))
+        self._place = place
+        self._values = values
+
+    def episode(self, numbers: Sequence[int], value: int) -> tuple[Tensor, Tensor]:
+        """As :class:`~scripts.inference.views.Episodes`."""
+        rows = [self._place[number] for number in numbers]
+        return self._images[rows][:, None], self._wanted[rows, self._values.index(value)][:, None]
+
+
+def _scaled(image: Tensor, inside: Tensor) -> Tensor:
+    """From 0 to 1 between the percentiles of what is inside, as the target is; 0 outside."""
+    values = image[:, inside]
+    low, high = (float(np.percentile(values.numpy(), q)) for q in PERCENTILES)
+    return ((image - low) / max(high - low, 1e-12)).clamp(0, 1) * inside

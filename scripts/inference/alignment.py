@@ -1,0 +1,393 @@
+"""Brings the contexts of a set to a target, and cuts the regions where their labels then lie.
+
+A target is registered to one context by search, and through the transforms between the contexts, which are found
+once, to all others (:mod:`scripts.registration`). Where the labels of the contexts that agree with it come to lie are
+its regions; there target and contexts are sampled from their own voxels, at a voxel size that the context set
+decides, and registered again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from torch import Tensor
+from tqdm import tqdm
+
+from scripts.atomic import write_json
+from scripts.contexts import ContextSet, listing
+from scripts.data.preprocessing import Preprocessing, bounding_box
+from scripts.data.resampling import grid_axes
+from scripts.inference.aligned_view import AlignedView, EmptyView
+from scripts.inference.regions import LabelGroup, extreme_points, group_labels
+from scripts.inference.target import Target
+from scripts.inference.views import WholeView
+from scripts.registration import MODES, align
+from scripts.registration.grids import canonical, resample
+from scripts.tensor_cache import TensorCache
+
+__all__ = ["MODES", "AlignedContexts"]
+
+logger = logging.getLogger(__name__)
+
+BATCH = 8
+"""Contexts that are registered at once."""
+
+COARSE_VOXELS = 250_000
+"""Of the volumes that whole scans are registered with, about."""
+
+REACH = 0.15
+"""Contexts whose similarity on the whole scan is farther than this below the best one's say nothing of regions."""
+
+REFERENCES = 2
+"""Contexts that a target is registered to by search; the others start from there."""
+
+PRESELECTED = 3
+"""Contexts, per one that serves a target, that are aligned where a set chooses."""
+
+CROP_MARGIN_MM = 30.0
+"""Around a context's labels: what is kept of it in memory for targets to come."""
+
+REGION_MARGIN_MM = 8.0
+"""Around a target's region in a context, for the deformation to reach into."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is remembered of a context pair: a coarse image, and where its labels end, in its world (RAS, mm)."""
+
+    image: MetaTensor
+    points: Mapping[int, np.ndarray]
+    voxel_mm: float
+
+
+class AlignedContexts:
+    """The contexts of a set, brought to one target after the other.
+
+    Args:
+        context: the context set.
+        mode: ``affine`` or ``deformable``.
+        device: where to register.
+        divisor: the network takes sizes divisible by this.
+        budget_bytes: host memory for crops of the contexts that are kept; what does not fit is read again.
+        record: JSON file to remember transforms between contexts in; None remembers nothing.
+    """
+
+    def __init__(
+        self,
+        context: ContextSet,
+        mode: str,
+        device: torch.device,
+        divisor: int,
+        budget_bytes: int,
+        record: str | Path | None = None,
+    ) -> None:
+        self.context = context
+        self.mode = mode
+        self.device = device
+        self.divisor = divisor
+        self._record = None if record is None else Path(record)
+        self._known: dict[int, _Known] = {}
+        self._from_first: dict[int, np.ndarray] = {}
+        self._groups: dict[tuple[int, ...], list[LabelGroup]] = {}
+        self._crops = TensorCache(budget_bytes)
+        self._read_record()
+
+    # --- what is found once
+
+    def describe(self, values: Sequence[int]) -> None:
+        """Look at every context and find the transforms between them now, rather than with the first target.
+
+        Args:
+            values: labels that will be asked for.
+        """
+        started, count = time.monotonic(), len(self.context)
+        for number in tqdm(range(count), "looking at contexts", unit="pair", disable=count <= BATCH):
+            self._know(number)
+        new = [number for number in range(count) if number not in self._from_first]
+        for start in tqdm(range(0, len(new), BATCH), "aligning contexts", disable=len(new) <= BATCH):
+            self._relate(new[start : start + BATCH])
+        self.groups(values)
+        if new:
+            self._write_record()
+            logger.info("%d contexts brought to each other in %.1f s", len(new), time.monotonic() - started)
+
+    def groups(self, values: Sequence[int]) -> list[LabelGroup]:
+        """Labels that share a region, by the context set alone."""
+        key = tuple(values)
+        if key not in self._groups:
+            known = [self._know(number) for number in range(len(self.context))]
+            if self.context.generation:
+                points = [{1: extreme_points(torch.ones(k.image.shape[1:]), k.image.affine)} for k in known]
+            else:
+                points = [k.points for k in known]
+            grid_voxels = int(np.prod(self.context.preprocessing.spatial_size))
+            self._groups[key] = group_labels(points, values, float(np.median([k.voxel_mm for k in known])), grid_voxels)
+            for group in self._groups[key]:
+                logger.info("labels %s: regions at %.3g mm", listing(list(map(str, group.values))), group.spacing_mm)
+        return self._groups[key]
+
+    def take_over(self, other: AlignedContexts, same: Mapping[int, int]) -> None:
+        """Take what another set has found of pairs that both have.
+
+        Args:
+            other: the other set's.
+            same: number there -> number here.
+        """
+        for number, here in same.items():
+            if number in other._known:
+                self._known[here] = other._known[number]
+            for kind in ("image", "answer"):
+                kept = other._crops.get((kind, number))
+                if kept is not None:
+                    self._crops.put((kind, here), kept)
+        if 0 in same.values():  # transforms are from the world of the first context here
+            first = next(there for there, here in same.items() if here == 0)
+            if first in other._from_first:
+                back = np.linalg.inv(other._from_first[first])
+                self._from_first |= {
+                    here: other._from_first[there] @ back for there, here in same.items() if there in other._from_first
+                }
+
+    def _know(self, number: int) -> _Known:
+        if number not in self._known:
+            image, answer = self.context.native(number)
+            voxel_mm = float(nib.affines.voxel_sizes(np.asarray(image.affine)).min())
+            points = {} if self.context.generation else {
+                int(value): extreme_points(answer[0] == value, answer.affine)
+                for value in torch.unique(answer.as_tensor())
+                if value > 0
+            }  # fmt: skip
+            self._known[number] = _Known(coarser(image, COARSE_VOXELS), points, voxel_mm)
+            self._keep_crop(number, image, answer)
+        return self._known[number]
+
+    def _relate(self, numbers: Sequence[int]) -> None:
+        """Transforms from the world of the first context to those of others."""
+        others = [number for number in numbers if number != 0]
+        self._from_first[0] = np.eye(4)
+        if others:
+            found = align(self._on_device(0), [self._on_device(number) for number in others], "affine")
+            self._from_first |= {number: found.affine[k].numpy() for k, number in enumerate(others)}
+
+    def _on_device(self, number: int) -> MetaTensor:
+        return self._know(number).image.to(self.device)
+
+    # --- a target
+
+    def prepare(self, target: Target, values: Sequence[int], eligible: Mapping[int, Sequence[int]]) -> None:
+        """Bring contexts to a target: its ``views``, the contexts ``aligned``, and its ``alignment``.
+
+        Where no context can be aligned, the target is shown as it is, and said not to be trusted.
+
+        Args:
+            target: a target.
+            values: labels.
+            eligible: by label, numbers of the contexts that come into question.
+        """
+        numbers = self._preselected(target, sorted({number for pool in eligible.values() for number in pool}))
+        if not numbers:
+            target.views = [WholeView(target.image, values, self.context)]
+            return
+        scan = coarser(target.scan, COARSE_VOXELS).to(self.device)
+        starts, similarity = self._whole(scan, numbers)
+        best = max(similarity.values())
+        near = [number for number in numbers if similarity[number] >= best - REACH]
+        views, words = [], {}
+        for group in self.groups(values):
+            view = self._view(target, group, {n: starts[n] for n in numbers}, near)
+            if view is not None:
+                views.append(view)
+                words |= view.words
+                for number, value in view.similarity.items():
+                    target.aligned[number] = max(value, target.aligned.get(number, -1.0))
+        left_out = [number for number in numbers if number not in target.aligned]
+        target.alignment = {
+            "mode": self.mode,
+            "contexts": {
+                self.context.names[n]: {"similarity": round(target.aligned[n], 3), "transform": words[n]}
+                for n in target.aligned
+            },
+            "left_out": [self.context.names[n] for n in left_out],
+            "regions": [view.facts for view in views],
+        }
+        if not target.aligned:
+            target.warnings.append("no context could be aligned: the prediction is not to be trusted")
+            target.views = [WholeView(target.image, values, self.context)]
+            return
+        if left_out:
+            target.warnings.append(f"not aligned and left out: {listing(target.alignment['left_out'])}")
+        served = {value for view in views for value in view.values}
+        rest = [value for value in values if value not in served]
+        target.views = [*views, *([EmptyView(target.image, rest)] if rest else [])]
+
+    def _preselected(self, target: Target, numbers: list[int]) -> list[int]:
+        if not self.context.chooses:
+            return numbers
+        alike = self.context.similarity(target.image).tolist()
+        most = PRESELECTED * self.context.serving
+        return sorted(sorted(numbers, key=lambda n: (-alike[n], n))[:most])
+
+    def _whole(self, scan: MetaTensor, numbers: Sequence[int]) -> tuple[dict[int, Tensor], dict[int, float]]:
+        """Affine transforms from a scan's world to those of contexts, and how alike they are after it."""
+        first = align(scan, [self._on_device(number) for number in numbers[:REFERENCES]], "affine")
+        best = int(first.similarity.argmax())
+        if not bool(first.aligned[best]):  # the others may still do
+            found = [align(scan, [self._on_device(n) for n in part], "affine") for part in _batches(numbers)]
+        else:
+            if any(number not in self._from_first for number in numbers):
+                self._relate([number for number in numbers if number not in self._from_first])
+            to_first = np.linalg.inv(self._from_first[numbers[best]]) @ first.affine[best].numpy()
+            starts = torch.stack([torch.from_numpy(self._from_first[n] @ to_first) for n in numbers])
+            found = [
+                align(scan, [self._on_device(n) for n in part], "affine", start=start)
+                for part, start in zip(_batches(numbers), starts.split(BATCH), strict=True)
+            ]
+        affines = torch.cat([one.affine for one in found])
+        similarity = torch.cat([one.similarity for one in found]).tolist()
+        return dict(zip(numbers, affines, strict=True)), dict(zip(numbers, similarity, strict=True))
+
+    def _view(
+        self, target: Target, group: LabelGroup, starts: Mapping[int, Tensor], near: Sequence[int]
+    ) -> AlignedView | None:
+        box = self._box(target.scan, group, starts, near)
+        if box is None:
+            return None
+        affine, shape = np.asarray(target.scan.affine, dtype=float), target.scan.shape[1:]
+        _, counts = grid_axes(affine, shape, box, group.spacing_mm)
+        plain = Preprocessing((1, 1, 1), group.spacing_mm).target(target.scan, box)
+        sizes = [-(-count // self.divisor) * self.divisor for count in counts]
+        padded = Preprocessing(sizes, group.spacing_mm).target(target.scan, box)
+        if plain.min() == plain.max():
+            return None
+        view = AlignedView(padded, group.values, self.context.generation, self._window())
+        region = plain.to(self.device)
+        for numbers in _batches(list(starts)):
+            crops = {n: self._crop(n, region, starts[n]) for n in numbers}
+            numbers = [n for n in numbers if crops[n] is not None]
+            if not numbers:
+                continue
+            images = [crops[n][0].to(self.device) for n in numbers]
+            found = align(region, images, self.mode, torch.stack([starts[n] for n in numbers]), group.spacing_mm)
+            for k, number in enumerate(numbers):
+                if bool(found.aligned[k]):
+                    view.add(number, found, k, *crops[number])
+        return view.close(target.scan, box)
+
+    def _window(self) -> list[int]:
+        """Largest region that the network sees at once: half as much again as the training grid, along each axis."""
+        return [-(-3 * size // (2 * self.divisor)) * self.divisor for size in self.context.preprocessing.spatial_size]
+
+    def _box(
+        self, scan: MetaTensor, group: LabelGroup, starts: Mapping[int, Tensor], near: Sequence[int]
+    ) -> list[tuple[int, int]] | None:
+        """Box of scan voxels where the labels of the contexts come to lie, with a margin; None outside of the scan."""
+        if self.context.generation:
+            return bounding_box(scan[0].as_tensor() > scan.min())
+        clouds = []
+        for number in near:
+            points = [self._know(number).points[v] for v in group.values if v in self._know(number).points]
+            if points:
+                back = np.linalg.inv(np.asarray(scan.affine, dtype=float)) @ np.linalg.inv(starts[number].numpy())
+                clouds.append(nib.affines.apply_affine(back, np.concatenate(points)))
+        if not clouds:
+            return None
+        zooms = nib.affines.voxel_sizes(np.asarray(scan.affine, dtype=float))
+        low = np.min([cloud.min(0) for cloud in clouds], axis=0) - group.margin_mm / zooms
+        high = np.max([cloud.max(0) for cloud in clouds], axis=0) + group.margin_mm / zooms
+        # rounded, for what is left of a reorientation is in the last digits
+        low, high = np.floor(np.round(low, 3)).astype(int), np.ceil(np.round(high, 3)).astype(int) + 1
+        low, high = np.maximum(low, 0), np.minimum(high, scan.shape[1:])
+        return None if (high - low < 2).any() else [(int(a), int(b)) for a, b in zip(low, high, strict=True)]
+
+    def _keep_crop(self, number: int, image: MetaTensor, answer: MetaTensor) -> None:
+        """Keep what lies around a context's labels, its intensities from 0 to 1, as far as there is room."""
+        if self.context.generation:
+            box = [(0, size) for size in image.shape[1:]]
+        elif not (answer > 0).any():
+            return
+        else:
+            margin = np.ceil(CROP_MARGIN_MM / nib.affines.voxel_sizes(np.asarray(image.affine))).astype(int)
+            box = [
+                (max(low - m, 0), min(high + m, size))
+                for (low, high), m, size in zip(
+                    bounding_box(answer[0].as_tensor() > 0), margin, image.shape[1:], strict=True
+                )
+            ]
+        low, high = image.min(), image.max()
+        cut = cropped((image - low) / (high - low), box)
+        self._crops.put(("image", number), MetaTensor(cut.as_tensor().half(), affine=cut.affine))
+        kept = cropped(answer, box)
+        self._crops.put(("answer", number), MetaTensor(kept.as_tensor().clone(), affine=kept.affine))
+
+    def _crop(self, number: int, region: MetaTensor, start: Tensor) -> tuple[MetaTensor, MetaTensor] | None:
+        """What of a context lies around a target's region: image and answer; None if hardly anything does."""
+        pair = [self._crops.get((kind, number)) for kind in ("image", "answer")]
+        if any(part is None for part in pair):
+            pair = list(self.context.native(number))
+        image, answer = pair
+        corners = np.array(np.meshgrid(*[(0, size - 1) for size in region.shape[1:]])).reshape(3, -1).T
+        to_voxels = np.linalg.inv(np.asarray(image.affine)) @ start.numpy() @ np.asarray(region.affine.cpu())
+        reached = nib.affines.apply_affine(to_voxels, corners)
+        margin = REGION_MARGIN_MM / nib.affines.voxel_sizes(np.asarray(image.affine))
+        low = np.maximum(np.floor(np.round(reached.min(0) - margin, 3)).astype(int), 0)
+        high = np.minimum(np.ceil(np.round(reached.max(0) + margin, 3)).astype(int) + 1, image.shape[1:])
+        if (high - low < 4).any():
+            return None
+        box = list(zip(low.tolist(), high.tolist(), strict=True))
+        image, answer = cropped(image, box), cropped(answer, box)
+        image = MetaTensor(image.as_tensor().float(), affine=image.affine)
+        return None if image.min() == image.max() else (image, answer)
+
+    # --- between runs
+
+    def _key(self) -> str:
+        return hashlib.sha256(self.context.fingerprint.encode()).hexdigest()
+
+    def _read_record(self) -> None:
+        if self._record is None or not self._record.is_file():
+            return
+        try:
+            content = json.loads(self._record.read_text(encoding="utf-8"))
+            if content["contexts"] == self._key():
+                found = {
+                    int(n): np.asarray(m, dtype=np.float64).reshape(4, 4) for n, m in content["transforms"].items()
+                }
+                self._from_first = {n: m for n, m in found.items() if np.isfinite(m).all() and n < len(self.context)}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            self._from_first = {}  # damaged: found anew
+
+    def _write_record(self) -> None:
+        if self._record is not None:
+            transforms = {str(number): matrix.tolist() for number, matrix in self._from_first.items()}
+            write_json({"contexts": self._key(), "transforms": transforms}, self._record)
+
+
+def cropped(volume: MetaTensor, box: Sequence[tuple[int, int]]) -> MetaTensor:
+    """A part of a volume ``(1, H, W, D)``, with the affine that it has there; a view of the same memory."""
+    affine = np.array(volume.affine, dtype=np.float64)
+    affine[:3, 3] = nib.affines.apply_affine(affine, [low for low, _ in box])
+    part = volume.as_tensor()[:, *(slice(low, high) for low, high in box)]
+    return MetaTensor(part, affine=torch.from_numpy(affine))
+
+
+def coarser(volume: MetaTensor, voxels: int) -> MetaTensor:
+    """A volume averaged to about so many isotropic voxels along the axes nearest to R, A and S, never to finer ones."""
+    data, own = canonical(volume)
+    spacing = max(float(own.spacing.min()), float(own.extent.prod() / voxels) ** (1 / 3))
+    grid = own.with_spacing(spacing)
+    inside = resample(torch.ones_like(data), own, grid)
+    return MetaTensor(resample(data, own, grid) / inside.clamp(min=0.5), affine=grid.affine)
+
+
+def _batches(numbers: Sequence[int]) -> list[list[int]]:
+    return [list(numbers[start : start + BATCH]) for start in range(0, len(numbers), BATCH)]

@@ -48,6 +48,7 @@ class Example:
         answer: the same for its label map; for generation the wanted output.
         image_digest: recognises the scan (``volume_digest``).
         digest: changes with anything in either volume.
+        kin: ``image_digest`` of scans of the same subject that it is not to serve; they need not be in the set.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Example:
     answer: str | MetaTensor
     image_digest: str
     digest: str
+    kin: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -295,7 +297,8 @@ class ContextSet:
     def fingerprint(self) -> str:
         """Text that changes with the pairs, the grid, or how a target's contexts are chosen."""
         facts = [self.preprocessing.fingerprint, self.generation, self._similar, self._known_numbers()]
-        return json.dumps([*facts, [example.digest for example in self._examples]])
+        kin = [sorted(example.kin) for example in self._examples]
+        return json.dumps([*facts, [example.digest for example in self._examples], *([kin] if any(kin) else [])])
 
     def _known_numbers(self) -> list[int] | None:
         return None if self._known_values is None else self._known_values.tolist()
@@ -325,6 +328,10 @@ class ContextSet:
     def same_image(self, digest: str) -> list[int]:
         """Numbers of the pairs with this very scan: a target is never its own context."""
         return [i for i, known in enumerate(self.digests) if known == digest]
+
+    def of_same_subject(self, digest: str) -> list[int]:
+        """Numbers of the pairs that a target may not have as contexts: this very scan, and others of its subject."""
+        return [i for i, e in enumerate(self._examples) if digest == e.image_digest or digest in e.kin]
 
     @cached_property
     def _thumbnails(self) -> Tensor:

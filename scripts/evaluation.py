@@ -33,6 +33,7 @@ from scipy.stats import bootstrap
 from tqdm import tqdm
 
 from scripts.atomic import write_json, write_text
+from scripts.data.files import image_files
 from scripts.data.volumes import AFFINE_TOLERANCE_MM, ENDINGS, load_volume, strip_ending
 
 METRICS = {"segmentation": ("dice", "hd95_mm", "nsd_1mm"), "generation": ("psnr_db", "ssim", "mae")}
@@ -287,9 +288,9 @@ def _files_by_case(folder: Path, channel: int | None = None) -> dict[str, list[P
         raise FileNotFoundError(f"no folder {folder}: give --prediction_dir and --reference_dir existing folders")
     suffix = "" if channel is None else f"_{channel:04d}"
     files = defaultdict(list)
-    for path in sorted(folder.iterdir()):
+    for path in image_files(folder):
         name = strip_ending(path)
-        if name and name.endswith(suffix) and name != suffix and path.is_file():
+        if name.endswith(suffix) and name != suffix:
             files[name.removesuffix(suffix)].append(path)
     return dict(files)
 

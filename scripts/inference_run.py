@@ -26,10 +26,12 @@ from monai.transforms import Orientation, generate_spatial_bounding_box
 from tqdm import tqdm
 
 from scripts.confidence import ConfidentInferer
-from scripts.data.collection import read_split
+from scripts.contexts import listing
+from scripts.data.files import image_files
 from scripts.data.integrity import inspect_cases
 from scripts.data.nnunet import Case, DatasetError, find_targets
 from scripts.data.preprocessing import RAS_LABELS
+from scripts.data.splits import read_split
 from scripts.data.volumes import load_volume
 from scripts.distributed import meet_processes
 from scripts.inferer import ICLInferer
@@ -66,7 +68,7 @@ class InferenceRun(Sequence[Case]):
         checkpoint: weights file, for the fingerprint.
         channel: image channel in nnU-Net folders.
         split_file: run only on the cases of a part of this split.
-        target_split: which part.
+        target_split: which part; None takes ``test``, and of nnU-Net's ``splits_final.json`` ``val``.
         shard: ``"3/16"`` for the third of sixteen parts of the targets; None for all. Each of torchrun's processes
             takes its share of it.
         overlays: write a PNG per case.
@@ -74,6 +76,7 @@ class InferenceRun(Sequence[Case]):
         overwrite: replace results.
         debug: log the traceback of a target that fails.
         confidence: the predictor that the run's engine calls, if it is to report what that finds.
+        fold: of nnU-Net's ``splits_final.json``.
     """
 
     def __init__(
@@ -84,14 +87,17 @@ class InferenceRun(Sequence[Case]):
         checkpoint: str,
         channel: int = 0,
         split_file: str | None = None,
-        target_split: str = "test",
+        target_split: str | None = None,
         shard: str | None = None,
         overlays: bool = True,
         probabilities: bool = False,
         overwrite: bool = False,
         debug: bool = False,
         confidence: ConfidentInferer | None = None,
+        fold: int | None = None,
     ) -> None:
+        if fold is not None and split_file is None:
+            raise ValueError("--fold goes with --split_file, nnU-Net's splits_final.json")
         self.dataset_dir = dataset_dir
         self.output_dir = Path(output_dir)
         self.inferer = inferer
@@ -105,6 +111,7 @@ class InferenceRun(Sequence[Case]):
         self.overwrite = overwrite
         self.debug = debug
         self.confidence = confidence
+        self.fold = fold
         self.report: dict[str, Any] = {}
         self._files = ReportFiles(self.output_dir, self.shard)
         self._todo: list[Case] = []
@@ -166,7 +173,7 @@ class InferenceRun(Sequence[Case]):
             "failed": {},
         }
         # files are not looked into here: their digests are in the report when they are done
-        self._listing = [(target["case"], os.path.getsize(target["image"])) for target in targets]
+        self._listing = [(target["case"], (_file_facts(target["image"]) or {}).get("bytes")) for target in targets]
         self._listing.append(("contexts", context.fingerprint))
         mine = self.shard.of(targets)
         self._set_aside(mine)
@@ -283,7 +290,7 @@ class InferenceRun(Sequence[Case]):
                 "--output_dir or --overwrite true"
             )
         self._todo = [
-            {"image": target["image"], "case": target["case"]}
+            {name: target[name] for name in ("image", "case", "folder_problems") if name in target}
             for target in targets
             if target["case"] not in known or not self._complete(target["case"], files)
         ]
@@ -320,16 +327,19 @@ class InferenceRun(Sequence[Case]):
             ) from error
 
     def _find(self) -> list[Case]:
-        targets = find_targets(self.dataset_dir, self.channel)
         if self.split_file is None:
-            return targets
+            return find_targets(self.dataset_dir, self.channel)
         folder = Path(self.dataset_dir).absolute()
+        if image_files(folder / "imagesTr"):  # a split is one of these, also where there are imagesTs
+            folder /= "imagesTr"
         name = folder.parent.name if folder.name in ("imagesTr", "imagesTs") else folder.name
-        parts = read_split(self.split_file, [{**target, "dataset": name} for target in targets])
-        if not parts.get(self.target_split):
+        targets = [target | {"dataset": name} for target in find_targets(folder, self.channel)]
+        parts = read_split(self.split_file, targets, self.fold)
+        part = self.target_split or ("test" if "test" in parts else "val")
+        if not parts.get(part):
             known = ", ".join(part for part in parts if parts[part])
-            raise DatasetError(f"{self.split_file} has no '{self.target_split}' cases of {name} (it has {known})")
-        return parts[self.target_split]
+            raise DatasetError(f"{self.split_file} has no '{part}' cases of {name} (it has {known})")
+        return parts[part]
 
     def _fingerprint(self, weights: str) -> str:
         inferer, context = self.inferer, self.inferer.context
@@ -424,6 +434,9 @@ class InferenceRun(Sequence[Case]):
         found = []
         if itself := context.same_image(batch["image_digest"]):
             found.append(f"the target is also context {context.names[itself[0]]}: it was left out of its own contexts")
+        if kin := [i for i in context.of_same_subject(batch["image_digest"]) if i not in itself]:
+            names = listing([context.names[i] for i in kin])
+            found.append(f"scans of the target's own subject were left out of its contexts: {names}")
         alone = [str(value) for value, names in self.inferer.used.items() if not names]
         if alone:
             found.append(f"no context but the target itself has label {', '.join(alone)}: left empty")
@@ -460,9 +473,12 @@ class InferenceRun(Sequence[Case]):
         return used, [(image, label) for image, label in pairs]
 
 
-def _file_facts(path: str) -> dict[str, Any]:
-    """What a file is recognised by without being read."""
-    status = os.stat(path)
+def _file_facts(path: str) -> dict[str, Any] | None:
+    """What a file is recognised by without being read; None if there is none, as behind a link to nothing."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
     return {"path": os.path.abspath(path), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
 

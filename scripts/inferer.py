@@ -325,7 +325,7 @@ class ICLInferer(Inferer):
         context = self.context
         similarity = context.similarity(inputs) if context.chooses else None
         digest = _digest_of(inputs)
-        itself = context.same_image(digest) if digest else []
+        itself = context.of_same_subject(digest) if digest else []
         members = {}
         for value in self.label_values:
             pool = [i for i in context.holding(value) if i not in itself and (among is None or i in among)]

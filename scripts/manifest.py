@@ -50,7 +50,10 @@ def write_manifest(
         "environment": environment(str(options.get("device", "cpu"))),
         "seed": options.get("seed"),
         "weights": {"file": str(weights), "sha256": file_sha256(weights)} if present else None,
-        "data": {"cases": len(lines), "listing_sha256": hashlib.sha256("".join(lines).encode()).hexdigest()},
+        "data": {
+            "cases": len(lines),
+            "listing_sha256": hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest(),
+        },
         "options": dict(options),
         "config": dict(config),
         "earlier": earlier,

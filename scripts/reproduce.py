@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from scripts.checkpoint import load_state
+from scripts.data.files import read_json
 from scripts.manifest import MANIFEST, environment, file_sha256, revision
 
 GPU_WEIGHT_TOLERANCE = 1e-3
@@ -126,7 +127,7 @@ def _read(run: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"no {path}: give the folder of a run that wrote one (training: OUT/stage1, OUT/stage2)"
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, dict, "expected the manifest of a run")
 
 
 def _options(manifest: Mapping[str, Any], run: Path) -> dict[str, Any]:

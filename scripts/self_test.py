@@ -88,8 +88,8 @@ def spread(numbers: Sequence[int], limit: int) -> list[int]:
 
 
 def fellows(context: ContextSet, number: int) -> list[int]:
-    """Contexts to predict one of them from: all whose image is another."""
-    itself = context.same_image(context.digests[number])
+    """Contexts to predict one of them from: all whose image is another, and of another subject."""
+    itself = context.of_same_subject(context.digests[number])
     return [other for other in range(len(context)) if other not in itself]
 
 

@@ -73,9 +73,12 @@ def prepare_in_turn(*datasets: EpisodeDataset) -> None:
 
 
 def earlier_split(folder: str) -> str | None:
-    """Split of an earlier stage, if it left one: so that its test cases stay out of this stage as well."""
+    """Split of the run in a folder, so that its test cases stay out of what follows; None if there is no run.
+
+    Of a run that has lost it the path is given all the same: whoever needs it is to miss it, not to draw another one.
+    """
     path = Path(folder) / SPLIT
-    return str(path) if path.is_file() else None
+    return str(path) if path.is_file() or (Path(folder) / LAST).is_file() else None
 
 
 class TrainingRun:

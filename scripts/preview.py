@@ -38,6 +38,8 @@ def preview(
     max_classes: int = 5,
     spatial_size: int | Sequence[int] = 64,
     split_file: str | None = None,
+    fold: int | None = None,
+    subject_pattern: str | None = None,
     skip_bad_cases: bool = False,
     cache_dir: str | None = None,
     seed: int = 0,
@@ -59,7 +61,9 @@ def preview(
         context_size: context pairs in a group: a number, or "[low,high]".
         max_classes: at most this many random classes are merged into one foreground.
         spatial_size: the network's grid in voxels, one number or three.
-        split_file: splits.json of a run whose split to use instead of a fresh one.
+        split_file: splits.json of a run, or nnU-Net's splits_final.json, to use instead of a fresh split.
+        fold: which fold of nnU-Net's.
+        subject_pattern: regular expression for the subject in case names.
         skip_bad_cases: go on without faulty cases instead of stopping.
         cache_dir: preprocessed cases, such as those of a training; by default OUT/cache.
         seed: of split, groups and augmentation.
@@ -82,6 +86,8 @@ def preview(
         tasks=normalise("task", task),
         channel=normalise("channel", channel),
         split_file=normalise("split_file", split_file),
+        fold=normalise("fold", fold),
+        subject_pattern=normalise("subject_pattern", subject_pattern),
         skip_bad_cases=flag(skip_bad_cases),
         seed=seed,
     )

@@ -47,7 +47,7 @@ def pair_bids(root: str | Path, image_patterns: Sequence[str], mask_pattern: str
         root: folder with ``sub-*`` folders.
         image_patterns: one per channel, such as ``*_T1w.nii.gz``, which is looked for in ``sub-*/[ses-*/]anat``;
             any image ending is taken. ``acq-*`` names an entity of any value. With a folder in front
-            (``derivatives/PIPELINE/*_desc-preproc_T1w.nii.gz``) it is looked for in the ``anat`` folders below that one.
+            (``derivatives/PIPELINE/*_desc-preproc_T1w.nii.gz``) it is looked for in the ``anat`` folders below it.
         mask_pattern: such as ``*_dseg.nii.gz``, looked for below ``derivatives`` (below ``root``, if it has no such
             folder: it is a pipeline's own then), or below the folder in front of it. None if there are no masks.
 

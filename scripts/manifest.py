@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from scripts.atomic import write_text
+from scripts.data.files import read_json
 
 MANIFEST = "manifest.json"
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +41,7 @@ def write_manifest(
     path = Path(folder) / MANIFEST
     earlier = []
     if options.get("resume") and path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path, dict, "expected the manifest of a run")
         earlier = [*before.pop("earlier", []), before]
     weights = next((options[name] for name in _WEIGHTS if options.get(name)), None)
     present = weights is not None and Path(weights).is_file()

@@ -15,6 +15,7 @@ from scripts.apps.deploy.segments import Segment, describe_segments
 from scripts.checkpoint import load_weights
 from scripts.commandline import refuse_unknown, root_cause
 from scripts.contexts import ContextSet
+from scripts.data.files import read_json
 from scripts.data.nnunet import NnunetDataset
 from scripts.inferer import ICLInferer
 from scripts.manifest import ROOT, file_sha256
@@ -164,10 +165,4 @@ class ModelFolder:
         file = self.path / name
         if not file.is_file():
             return default
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file} cannot be read as JSON ({error})") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{file} must hold one JSON object")
-        return content
+        return read_json(file, dict, "it must hold one JSON object")

@@ -14,7 +14,6 @@ For research use only. Not a medical device.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -32,6 +31,7 @@ from scripts.apps.deploy.model_folder import (
 )
 from scripts.atomic import put_folder_in_place, write_json, write_text
 from scripts.commandline import main
+from scripts.data.files import read_json
 from scripts.data.nnunet import find_datasets
 from scripts.inferer import ICLInferer
 from scripts.manifest import ROOT, revision
@@ -148,7 +148,7 @@ def _copy_model(folder: Path, chosen: ICLInferer, checkpoint: Path, context_dir:
             shutil.copyfile(source, folder / CONTEXTS / inside / source.name)
     description = dataset.root / "dataset.json"
     if description.is_file():
-        content = json.loads(description.read_text(encoding="utf-8"))
+        content = read_json(description, dict, "expected nnU-Net's description of a dataset")
         write_json(content | {"numTraining": len(context)}, folder / CONTEXTS / "dataset.json")
     shutil.copyfile(checkpoint, folder / WEIGHTS)
     fixed = {"spacing": context.preprocessing.spacing_mm}  # fits all candidates, of which not all are copied

@@ -255,7 +255,7 @@ def test_running_numbers_are_scans_of_their_own(root, infer, tmp_path, capsys):
         shutil.copy(path, targets / f"Img_000{i}.nii.gz")
     report = infer(targets, root)
     assert set(report["cases"]) == {"Img_0000", "Img_0001", "Img_0002"}
-    assert "Img_0000 to 0002 are taken for scans of their own" in capsys.readouterr().err
+    assert "Img_0000 to 0002 are taken for scans of their own" in capsys.readouterr().out
 
 
 def test_channels_that_are_left_out_are_counted(root, infer, tmp_path, capsys):
@@ -264,7 +264,7 @@ def test_channels_that_are_left_out_are_counted(root, infer, tmp_path, capsys):
     for name, path in zip(("a_0000", "a_0001", "b_0000", "c_0001"), images(root), strict=True):
         shutil.copy(path, targets / f"{name}.nii.gz")
     assert set(infer(targets, root)["cases"]) == {"a", "b"}
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert re.search("2 of 4 images are of channel 0000; 2 .* left out, and with them all of c", said)
 
 

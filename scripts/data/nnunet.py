@@ -61,6 +61,8 @@ class NnunetDataset:
         if not image_files(root / "imagesTr"):
             raise DatasetError(f"{root / 'imagesTr'} holds no images (expected CASE_0000.nii.gz)")
         description = root / "dataset.json"
+        if is_dangling(description):
+            raise DatasetError(f"{root}: {file_faults(description)[0]}")
         if not description.is_file():
             return cls(root, {}, None)
         content = read_json(description, dict, _LABELS, "has no readable 'labels' entry")

@@ -2,8 +2,8 @@
 
 Segmentation: Dice, HD95 (the larger of the two directed 95th percentiles of the surface distance, in mm), NSD
 (share of both surfaces that lies within 1 mm of the other) and volumes, per case and label. Voxels that the reference
-says to ignore are left out: both masks are empty there. Surfaces of one slice are outlines in its plane. Generation: PSNR,
-SSIM and MAE per case, both with the reference's own intensity range. All values come from ``monai.metrics``.
+says to ignore are left out: both masks are empty there. Surfaces of one slice are outlines in its plane. Generation:
+PSNR, SSIM and MAE per case, both with the reference's own intensity range. All values come from ``monai.metrics``.
 """
 
 from __future__ import annotations

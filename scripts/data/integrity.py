@@ -19,11 +19,11 @@ import numpy as np
 from monai.data import MetaTensor
 from tqdm import tqdm
 
-from scripts.data.nnunet import Case, DatasetError
-from scripts.data.resampling import closest_axes
 from scripts.data.grids import grid_difference, on_axes_of
 from scripts.data.label_numbers import count_labels, label_numbers, without
+from scripts.data.nnunet import Case, DatasetError
 from scripts.data.records import read_record, write_record
+from scripts.data.resampling import closest_axes
 from scripts.data.volumes import (
     CONSTANT,
     NOT_FINITE,
@@ -74,10 +74,10 @@ def inspect_cases(cases: Sequence[Case], record: str | Path | None = None, worke
         case["problems"] = [*case.get("folder_problems", ()), *case["problems"]]
     _mark_unknown_values(inspected)
     _mark_duplicates(inspected)
-    if turned := [_name(case) for case in inspected if case["reordered"]]:
+    if turned := [_name(inspected[i]) for i in new if inspected[i]["reordered"]]:  # said once, when it is found
         logger.warning(
             "%d of %d cases have answers stored along other axes than their images (%s): reordered, without loss",
-            len(turned), len(inspected), ", ".join(turned[:3]) + ", ..." * (len(turned) > 3),
+            len(turned), len(new), ", ".join(turned[:3]) + ", ..." * (len(turned) > 3),
         )  # fmt: skip
     return inspected
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from scripts.data.anatomy import Anatomy, NoRoomError
 from scripts.data.draws import Draws
-from scripts.data.preprocessing import RAS_LABELS, bounding_box
 from scripts.data.label_numbers import count_labels
+from scripts.data.preprocessing import RAS_LABELS, bounding_box
 from scripts.data.volumes import load_labels, strip_ending
 
 TISSUE_KINDS = {

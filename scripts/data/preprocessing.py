@@ -21,6 +21,7 @@ from monai.transforms.utils_pytorch_numpy_unification import percentile
 from monai.utils.enums import MetaKeys
 from torch import Tensor
 
+from scripts.data.label_numbers import label_numbers, without
 from scripts.data.nnunet import Case
 from scripts.data.resampling import (
     GridAxis,
@@ -31,7 +32,6 @@ from scripts.data.resampling import (
     sample_linear,
     spline_coefficients,
 )
-from scripts.data.label_numbers import label_numbers, without
 from scripts.data.volumes import load_known, load_pair
 
 PERCENTILES = (0.5, 99.5)
@@ -251,8 +251,8 @@ class Preprocessing:
             finer: by label number, scores that take the place of the others where they reach.
 
         Returns:
-            ``(1, H, W, D)`` uint8 (int16, int32 or int64 where the numbers need it), with the source's affine and meta data.
-            At equal scores the first label wins.
+            ``(1, H, W, D)`` uint8 (int16, int32 or int64 where the numbers need it), with the source's affine and meta
+            data. At equal scores the first label wins.
 
         Raises:
             ValueError: scores of other voxels than the target's, or not one per label.

@@ -269,7 +269,8 @@ def refuse_reading(monkeypatch):
     def refuse(path):
         raise AssertionError(f"{path} was read again")
 
-    monkeypatch.setattr(integrity, "load_volume", refuse)
+    for name in ("load_volume", "load_exact"):
+        monkeypatch.setattr(integrity, name, refuse)
 
 
 def count_reads(monkeypatch):

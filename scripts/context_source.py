@@ -15,7 +15,7 @@ from scripts.data.example_pairs import context_cases, folder_cases, listed_cases
 from scripts.data.integrity import examine
 from scripts.data.nnunet import Case, DatasetError
 from scripts.data.preprocessing import Preprocessing, fit_spacing
-from scripts.data.volumes import load_volume
+from scripts.data.volumes import load_exact, load_volume
 
 logger = logging.getLogger(__name__)
 
@@ -101,13 +101,17 @@ def gather_contexts(
     kind = "output" if generation else "label"
     examples, cases, notes, first_of = [], [], [], {}
     for name, pair in zip(names, pairs, strict=True):
-        image, answer = (load_volume(v) if isinstance(v, str) else v for v in pair)
+        image, answer = pair
+        image = load_volume(image) if isinstance(image, str) else image
+        answer = (load_volume if generation else load_exact)(answer) if isinstance(answer, str) else answer
         case = examine(image, answer, kind)
         if case["problems"]:
             raise ValueError(f"{name}: {'; '.join(case['problems'])}")
         first = first_of.setdefault(case["image_digest"], name)
         if len(first_of) == len(cases):
             notes.append(f"{name} is the same image as {first}")
+        if case["reordered"]:
+            notes.append(f"{name}: its {kind} is stored along other axes than its image: reordered, without loss")
         cases.append(case)
         examples.append(Example(name, *pair, case["image_digest"], case["digest"]))
     empty = [] if generation else [e.name for e, case in zip(examples, cases, strict=True) if not case["values"]]

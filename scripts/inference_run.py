@@ -467,7 +467,7 @@ class InferenceRun(Sequence[Case]):
         used = list(dict.fromkeys(name for names in self.inferer.used.values() for name in names))[:SHOWN_CONTEXTS]
         pairs = []
         for number in map(context.names.index, used):
-            both = torch.cat([part[0].float() for part in context.pairs([number])])
+            both = torch.cat([part[0].double() for part in context.pairs([number])])
             low, high = generate_spatial_bounding_box(both)
             pairs.append(both[:, *map(slice, low, high)].numpy())
         return used, [(image, label) for image, label in pairs]

@@ -124,6 +124,9 @@ OPTIONS: dict[str, Option] = {
     "reference_dir": Option("path", "reference labels (or images), same case names"),
     "prediction_channel": Option("int", "of prediction_dir read only CASE_000k of this channel k, as in imagesTr"),
     "reference_channel": Option("int", "of reference_dir read only CASE_000k of this channel k, as in imagesTr"),
+    "ignore_label": Option(
+        "int", "references' label that is not scored; null: dataset.json's \"ignore\", if there is one"
+    ),
     # any
     "help": Option("flag", "list the options"),
     "debug": Option("flag", "full tracebacks"),

@@ -196,7 +196,7 @@ def save_png(figure: Image.Image, path: str | os.PathLike) -> None:
 
 
 def _array(x: Any) -> np.ndarray:
-    return x.detach().float().cpu().numpy() if hasattr(x, "detach") else np.asarray(x)
+    return x.detach().cpu().numpy() if hasattr(x, "detach") else np.asarray(x)
 
 
 def _checked(image: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -204,7 +204,7 @@ def _checked(image: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
     if image.ndim != 3 or image.shape != mask.shape or not image.size:
         raise ValueError(f"image and mask must be (H, W, D) of one shape, got {image.shape} and {mask.shape}")
     if not np.issubdtype(mask.dtype, np.integer):
-        mask = np.rint(np.nan_to_num(mask.astype(np.float32))).astype(np.int32)
+        mask = np.rint(np.nan_to_num(mask)).astype(np.int64)
     return image, mask
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scripts.contexts import ContextSet
+from scripts.data.label_numbers import label_boxes
 from scripts.data.preprocessing import FinerScores, Preprocessing, bounding_box, target_axes
 from scripts.data.resampling import box_about, grid_axes
 from scripts.engine import MASK_THRESHOLD
@@ -184,9 +185,8 @@ class Refinement:
         if number not in self._extents:
             labels = self.context.pairs([number])[1][0, 0].numpy()
             self._extents[number] = {
-                found + 1: np.array([part.stop - part.start for part in box]) * spacing
-                for found, box in enumerate(ndimage.find_objects(labels))
-                if box is not None
+                found: np.array([part.stop - part.start for part in box]) * spacing
+                for found, box in label_boxes(labels).items()
             }
         extent = self._extents[number][value]
         return extent + 2 * _margin(extent, spacing)
@@ -212,9 +212,9 @@ class Refinement:
         few = len(missing) <= _READERS_SHOWN
         for number, labels in tqdm(missing.items(), "contexts at finer voxels", leave=False, disable=few):
             image, answer = self.context.native(number)
-            found = ndimage.find_objects(answer[0].to(torch.int32).numpy())
+            found = label_boxes(answer[0].as_tensor().numpy())
             for value, spacing in labels:
-                box = [(part.start, part.stop) for part in found[value - 1]]
+                box = [(part.start, part.stop) for part in found[value]]
                 self._crops.put((number, value, spacing), self._crop_pair(image, answer, value, spacing, box))
 
     def _crop(self, number: int, value: int, spacing_mm: float) -> Tensor:

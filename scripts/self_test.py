@@ -119,7 +119,8 @@ def leave_one_out(
         image, label = context.pairs([number])
         scores = predict(image, fellows(context, number))[0].cpu()
         truth = sum((k + 1) * (label[0] == value).long() for k, value in enumerate(values))
-        dice = dict(zip(values, dice_by_label(label_map(scores), truth, len(values)), strict=True))
+        answer = label_map(scores) * context.counted(number)
+        dice = dict(zip(values, dice_by_label(answer, truth, len(values)), strict=True))
         yield number, {value: dice[value] for value in labels}
 
 

@@ -18,15 +18,15 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from monai.utils import optional_import
-from nibabel.orientations import io_orientation, ornt_transform
 from tqdm import tqdm
 
 from scripts.atomic import put_folder_in_place, write_json
 from scripts.data.dicom import write_series
+from scripts.data.grids import on_axes_of
 from scripts.data.integrity import inspect_cases, sound_cases
 from scripts.data.nnunet import Case, DatasetError
 from scripts.data.pairing import DicomSeries, ImageFile, RawCase, RawDataset
-from scripts.data.volumes import VolumeError, load_volume
+from scripts.data.volumes import VolumeError, load_labels, load_volume
 
 _ENDING = ".nii.gz"
 
@@ -157,8 +157,7 @@ def _readable(cases: Sequence[RawCase], dataset: str, read: Path) -> list[Case]:
                 case["images"] += _as_3d_files(source, [read / name for name in names])
             case["image"] = case["images"][0]
             if raw.mask:
-                dicom = isinstance(raw.images[0], DicomSeries)
-                case["label"] = _on_axes_of(case["image"], raw.mask, read) if dicom else raw.mask
+                case["label"] = raw.mask
         except VolumeError as error:
             case["problems"] = [str(error)]
         readable.append(case)
@@ -179,20 +178,6 @@ def _as_3d_files(source: ImageFile | DicomSeries, paths: Sequence[Path]) -> list
     return list(paths)
 
 
-def _on_axes_of(image: Path, mask: Path, folder: Path) -> Path:
-    """The mask with its axes in the order and direction of the image's; a copy in ``folder``, if they differ.
-
-    Converters of DICOM differ in the direction in which they number rows; the voxels are the same.
-    """
-    voxels, wanted = _as_nifti(mask), nib.load(image)
-    turn = ornt_transform(io_orientation(voxels.affine), io_orientation(wanted.affine))
-    if np.array_equal(turn, [[0, 1], [1, 1], [2, 1]]):
-        return mask
-    path = folder / f"{image.name.removesuffix(_ENDING)}_mask{_ENDING}"
-    nib.save(voxels.as_reoriented(turn), path)
-    return path
-
-
 def _inspect(cases: Sequence[Case], known_values: list[int] | None) -> list[Case]:
     """The integrity check of images and masks, and of further channels against the first."""
     readable = [case for case in cases if "problems" not in case]
@@ -206,6 +191,8 @@ def _inspect(cases: Sequence[Case], known_values: list[int] | None) -> list[Case
         for case, pair in zip(inspected, inspect_cases(pairs), strict=True):
             # "output" is channel 0000, of which what it has alone is known already
             found = [text for text in pair["problems"] if not text.startswith("output ")]
+            if pair["reordered"]:  # in nnU-Net's layout all channels are on the same voxels
+                found.append("image and output differ in affine: stored along other axes")
             both = "image and channel 0000"
             case["problems"] += [f"channel {number:04d}: {t.replace('image and output', both)}" for t in found]
     return [*inspected, *(case for case in cases if "problems" in case)]
@@ -245,7 +232,8 @@ def _write_cases(cases: Sequence[Case], folder: Path, read: Path) -> None:
                 _write_image(source, path)
         if "label" in case:
             (folder / "labelsTr").mkdir(exist_ok=True)
-            _write_label(case["label"], folder / "labelsTr" / f"{case['case']}{_ENDING}")
+            path = folder / "labelsTr" / f"{case['case']}{_ENDING}"
+            _write_label(case["label"], path, case["image"] if case["reordered"] else None)
 
 
 def _write_image(source: Path, path: Path) -> None:
@@ -262,15 +250,20 @@ def _write_image(source: Path, path: Path) -> None:
             shutil.copyfileobj(plain, packed)
 
 
-def _write_label(source: Path, path: Path) -> None:
-    """The same label values as an integer type; the file itself where it has one."""
-    if source.name.lower().endswith((".nii", _ENDING)):
-        image = nib.load(source)
-        scaled = (image.dataobj.slope, image.dataobj.inter) != (1, 0)
-        if np.issubdtype(image.get_data_dtype(), np.integer) and not scaled:
+def _write_label(source: Path, path: Path, image: Path | None = None) -> None:
+    """The same label values as an integer type, the file itself where it has one; on an image's axes, if one is given.
+
+    Converters of DICOM differ in the direction in which they number rows; the voxels are the same.
+    """
+    if image is None and source.name.lower().endswith((".nii", _ENDING)):
+        stored = nib.load(source)
+        scaled = (stored.dataobj.slope, stored.dataobj.inter) != (1, 0)
+        if np.issubdtype(stored.get_data_dtype(), np.integer) and not scaled:
             _write_image(source, path)
             return
-    volume = load_volume(source)
+    volume = load_labels(source)
+    if image is not None:
+        volume = on_axes_of(volume, load_volume(image))
     values = volume[0].numpy()
     nib.save(_nifti(values.astype(np.min_scalar_type(int(values.max()))), volume.affine.numpy()), path)
 

@@ -135,6 +135,19 @@ class NnunetDataset:
         return {channel: dict(images) for channel, images in found.items()}
 
 
+def ignored_labels(description: str | Path) -> set[int]:
+    """Values that a ``dataset.json`` calls "ignore".
+
+    Raises:
+        DatasetError: it cannot be read.
+    """
+    try:
+        labels = _read_labels(json.loads(Path(description).read_text(encoding="utf-8-sig")).get("labels", {}))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DatasetError(f"{description} has no readable 'labels' entry: {error}") from error
+    return {value for name, values in labels.items() if name.lower() == "ignore" for value in values}
+
+
 def find_datasets(folder: str | Path, names: Sequence[str] | None = None) -> list[NnunetDataset]:
     """The nnU-Net datasets at a path: the folder itself, or its ``Dataset*``/``Task*`` sub-folders.
 

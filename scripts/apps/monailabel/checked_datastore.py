@@ -11,7 +11,7 @@ from monailabel.interfaces.exception import ImageNotFoundException
 from scripts.apps.monailabel.annotations import FINAL, given_names
 from scripts.apps.monailabel.statuses import clear_statuses
 from scripts.data.integrity import examine
-from scripts.data.volumes import load_volume
+from scripts.data.volumes import load_exact, load_volume
 
 
 class CheckedDatastore(LocalDatastore):
@@ -34,7 +34,7 @@ class CheckedDatastore(LocalDatastore):
         return super().save_label(image_id, label_filename, label_tag, label_info)
 
     def _check(self, image_id: str, label_filename: str, names: dict[int, str]) -> None:
-        image, label = load_volume(self.get_image_uri(image_id)), load_volume(label_filename)
+        image, label = load_volume(self.get_image_uri(image_id)), load_exact(label_filename)
         found = examine(image, label, "label")
         if found["problems"]:
             raise ValueError(f"not saved, for it is no annotation of {image_id}: {'; '.join(found['problems'])}")

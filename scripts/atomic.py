@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\n", "＝", "＋", "－", "＠")
 """What a spreadsheet's formula may begin with."""
 
 
@@ -56,7 +56,7 @@ def write_csv(header: Sequence[str], rows: Iterable[Sequence[Any]], path: str | 
 
     They take text that begins with one of :data:`FORMULA_SIGNS` as a formula, quoted or not. Names may begin so; they
     get an apostrophe in front (https://owasp.org/www-community/attacks/CSV_Injection). Numbers stay as they are, and
-    what is not UTF-8 becomes question marks.
+    what is not UTF-8 becomes question marks; a carriage return, which ``csv`` does not quote, becomes a space.
 
     Args:
         header: the columns' names.
@@ -70,7 +70,10 @@ def write_csv(header: Sequence[str], rows: Iterable[Sequence[Any]], path: str | 
 
 
 def _inert(cell: Any) -> Any:
-    return f"'{cell}" if isinstance(cell, str) and cell.lstrip(" ").startswith(FORMULA_SIGNS) else cell
+    if not isinstance(cell, str):
+        return cell
+    cell = cell.replace("\r", " ")
+    return f"'{cell}" if cell.lstrip(" ").startswith(FORMULA_SIGNS) else cell
 
 
 def put_folder_in_place(made: Path, folder: Path, aside: Path) -> None:

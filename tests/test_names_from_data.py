@@ -8,9 +8,9 @@ import csv
 import json
 import os
 import shutil
+import subprocess
 from types import SimpleNamespace
 
-import nibabel as nib
 import pytest
 import torch
 
@@ -70,6 +70,7 @@ def test_inference_and_evaluation(data, infer, tmp_path):
     report = infer(context_dir=str(data / "in"), context_size=3)
     assert sorted(report["cases"]) == sorted(NAMES) and not report["failed"]
     assert set(report["contexts"]) <= set(NAMES)
+    assert all((tmp_path / "answers" / f"{name}.{kind}").is_file() for name in NAMES for kind in ("nii.gz", "png"))
     run_workflow(
         "evaluate",
         prediction_dir=str(tmp_path / "answers"),
@@ -100,7 +101,11 @@ def test_training_and_its_repetition(data, tmp_path, monkeypatch, capsys):
     split = json.loads((tmp_path / "out" / "stage1" / "splits.json").read_text())
     assert CODE in json.dumps(split).replace('\\"', '"')
 
-    def in_this_process(command, **_):
+    run = subprocess.run
+
+    def in_this_process(command, **options):
+        if "--config_file" not in command:
+            return run(command, **options)
         config, given = command[command.index("--config_file") + 1], command[command.index("--given_file") + 1]
         run_given(config, given)
         return SimpleNamespace(returncode=0)
@@ -140,13 +145,14 @@ def test_cases_that_an_application_gives_train(data, tmp_path):
 def test_prepare_data(data, tmp_path):
     raw = tmp_path / "raw"
     raw.mkdir()
-    for name in NAMES:
+    names = set(NAMES) - {"a::b", "$@seed"}  # would get the names of others, which is refused
+    for name in names:
         shutil.copy(data / "imagesTr" / f"{name}.nii.gz", raw / f"{name}_img.nii.gz")
         shutil.copy(data / "labelsTr" / f"{name}.nii.gz", raw / f"{name}_gt.nii.gz")
     (tmp_path / "names.json").write_text(json.dumps({"1": CODE, "2": "@x#y"}))
     prepare_data(str(raw), str(tmp_path / "out"), "Names", label_names=str(tmp_path / "names.json"))
     made = tmp_path / "out" / "Dataset001_Names"
-    assert len(list((made / "labelsTr").iterdir())) == len(NAMES)
+    assert len(list((made / "labelsTr").iterdir())) == len(names)
     assert json.loads((made / "dataset.json").read_text())["labels"] == {"background": 0, CODE: 1, "@x#y": 2}
 
 
@@ -179,11 +185,5 @@ def test_no_cell_of_a_table_is_a_formula(tmp_path):
     write_csv(("=case", "number"), [(text, -1.5) for text in begun] + [(None, 2)], tmp_path / "table.csv")
     with (tmp_path / "table.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
-    assert header == ["'=case", "number"] and {number for _, number in rows} == {"-1.5", "2"}
-    assert [text for text, _ in rows] == [*(f"'{text}" for text in begun[:8]), *begun[8:], ""]
-
-
-def test_answers_carry_their_names(infer, data, tmp_path):
-    infer(context_dir=str(data / "in"), overlays=False)
-    for name in NAMES:
-        assert nib.load(tmp_path / "answers" / f"{name}.nii.gz").shape == (16, 16, 16)
+    assert header == ["'=case", "number"] and [row[1] for row in rows] == [*["-1.5"] * len(begun), "2"]
+    assert [row[0] for row in rows] == [*(f"'{text}".replace("\r", " ") for text in begun[:8]), *begun[8:], ""]

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import tarfile
 import threading
 import time
@@ -23,8 +24,10 @@ from fastapi.testclient import TestClient  # noqa: E402
 from monailabel.config import settings  # noqa: E402
 
 from scripts.apps.monailabel.guard import without_folders  # noqa: E402
+from tests.apps.monailabel.server import MODEL, Server  # noqa: E402
 
-MODEL = "neuroverse3d"
+CODE = '$__import__("os").environ.__setitem__("CODE_RAN", "1")'
+NAMES = (CODE, "@dataset_dir", "%seed", "a@#b", "x@##y", "a::b", "=1+1")
 CLIMBING = ("..", "../x", "a/../../x", "/etc/passwd", "..\\x", "%2e%2e/x", "a\0b", "x/..")
 
 
@@ -90,6 +93,31 @@ def test_no_tag_or_name_leads_out_of_the_studies(door, tmp_path):
     assert everything(tmp_path) == before
     assert infer(door, "case_00", save_label=True, label_tag="draft").status_code == 200
     assert (studies.folder / "labels" / "draft" / "case_00.nii.gz").is_file()
+
+
+def test_signs_of_configurations_are_letters_of_names(door, monkeypatch, tmp_path):
+    monkeypatch.delenv("CODE_RAN", raising=False)
+    studies = door.studies
+    names = dict(zip(NAMES, (*studies.cases, *studies.cases), strict=False))
+    for name, case in names.items():
+        scan = nib.load(studies.image(case))
+        changed = nib.Nifti1Image(np.asanyarray(scan.dataobj) + 7 * NAMES.index(name), scan.affine)
+        assert upload(door, name, changed.to_bytes(), "scan.nii").json() == {"image": name}
+        said = {"label_info": [{"name": CODE, "idx": 1}, {"name": "@seed", "idx": 2}]}
+        assert save(door, name, studies.label(case), **said).status_code == 200
+    assert door.get("/info/").json()["labels"] == [CODE, "@seed"]
+    for name in (*NAMES[:2], NAMES[4], "case_00"):
+        found = infer(door, name)
+        assert found.status_code == 200 and set(found.json()["contexts"]["1"]) <= set(NAMES) - {name}, found.text
+    settings = {"max_epochs": 1, "groups_per_epoch": 2, "augment": False, "cache_dir": CODE, "seed": CODE, CODE: CODE}
+    trained = door.post(f"/train/{MODEL}", params={"run_sync": True}, json=settings)
+    assert trained.status_code == 200 and trained.json()["annotations"] == len(NAMES), trained.text
+    for name in NAMES[:2]:
+        assert door.delete("/datastore/image", params={"id": name}).status_code == 200
+    assert sorted(door.get("/datastore/", params={"output": "all"}).json()["objects"]) == sorted(
+        {*NAMES[2:], *studies.cases}
+    )
+    assert "CODE_RAN" not in os.environ
 
 
 def test_scans_are_those_of_the_studies_and_those_that_were_sent(door, tmp_path):
@@ -322,6 +350,43 @@ def test_tokens_of_the_realm_open_the_doors_and_no_others(realm, monkeypatch):
         with pytest.raises(HTTPException) as refused:
             _run(auth.get_current_user(wrong))
         assert refused.value.status_code == 401
+
+
+def test_a_server_with_authentication(realm, tmp_path, make_studies, make_app_dir, weights, monkeypatch):
+    key, address = realm
+    monkeypatch.setenv("MONAI_LABEL_AUTH_ENABLE", "true")
+    monkeypatch.setenv("MONAI_LABEL_AUTH_REALM_URI", address)
+    studies = make_studies(tmp_path, cases=2)
+    server = Server(make_app_dir(tmp_path), studies.folder, tmp_path, weights=weights, device="cpu")
+    try:
+        server.wait()
+
+        def ask(method, path, *roles, **options):
+            said = {"preferred_username": "ann", "realm_access": {"roles": roles}, "exp": int(time.time()) + 60}
+            token = {"Authorization": f"Bearer {jwt.encode(said, key, 'RS256')}"} if roles else {}
+            return server.client.request(method, path, headers=token, **options).status_code
+
+        doors = [
+            ("GET", "/info/"),
+            ("GET", "/datastore/"),
+            ("GET", "/datastore/image?image=case_00"),
+            ("GET", "/logs/"),
+            ("PUT", "/datastore/label?image=case_00"),
+            ("POST", f"/infer/{MODEL}?image=case_00"),
+            ("GET", "/train/"),
+            ("POST", f"/train/{MODEL}"),
+            ("GET", f"/model/{MODEL}"),
+            ("GET", "/session/x"),
+            ("GET", "/ohif/"),
+        ]
+        for door in doors:
+            assert ask(*door) == 401, door
+        assert ask("GET", "/info/", "monailabel-user") == 200 and ask("GET", "/info/", "stranger") == 403
+        assert ask("GET", "/logs/", "monailabel-user") == 403 and ask("GET", "/logs/", "monailabel-admin") == 200
+        assert ask("DELETE", "/datastore/image?id=case_00", "monailabel-annotator") == 403
+        assert ask("POST", "/reload") == 404
+    finally:
+        server.stop()
 
 
 def _signed_with_the_public_key(said, public):

@@ -12,7 +12,15 @@ from monailabel.utils.others.generic import file_ext
 
 from scripts.apps.monailabel.annotations import FINAL, given_names
 from scripts.apps.monailabel.statuses import AlreadyThereError, NotFoundError, clear_statuses
-from scripts.apps.monailabel.uploads import SCANS, check_ending, check_new_name, check_scan, check_tag, incoming
+from scripts.apps.monailabel.uploads import (
+    SCANS,
+    check_ending,
+    check_new_name,
+    check_scan,
+    check_tag,
+    incoming,
+    leads_elsewhere,
+)
 from scripts.data.integrity import examine
 from scripts.data.volumes import load_volume
 
@@ -161,7 +169,8 @@ class CheckedDatastore(LocalDatastore):
 
     def _list_files(self, path: str, patterns: list[str]) -> dict[str, str]:
         found = super()._list_files(path, patterns)
-        return {name: file for name, file in found.items() if self._if_inside(os.path.join(path, file))}
+        named = {name: file for name, file in found.items() if not leads_elsewhere(name) and _is_text(name)}
+        return {name: file for name, file in named.items() if self._if_inside(os.path.join(path, file))}
 
     def _init_from_datastore_file(self, throw_exception: bool = False) -> None:
         """Read the list of scans and labels, without names that are not of files in the folder."""
@@ -178,6 +187,11 @@ class CheckedDatastore(LocalDatastore):
 
     def _is_inside(self, path: str) -> bool:
         return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self._datastore_path))
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file name is UTF-8: the list of scans is JSON."""
+    return name.encode(errors="replace").decode() == name
 
 
 def _check_info(info: Any) -> None:

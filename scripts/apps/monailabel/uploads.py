@@ -35,8 +35,8 @@ def check_tag(tag: object) -> None:
 
 
 def leads_elsewhere(name: str) -> bool:
-    """Whether a name may mean a file outside of the folder that it is looked up in."""
-    return name.startswith("/") or ".." in name or "\\" in name or not name.isprintable()
+    """Whether a name may mean a file outside of the folder that it is looked up in, or none at all."""
+    return name.startswith("/") or "\\" in name or ".." in name.split("/") or any(ord(sign) < 32 for sign in name)
 
 
 def setting(name: str, option: str, value: Any) -> Any:
@@ -60,8 +60,8 @@ def check_new_name(name: object) -> None:
     Raises:
         ValueError: it is not a plain name.
     """
-    sound = isinstance(name, str) and bool(name) and not leads_elsewhere(name) and "/" not in name
-    if not sound or name[0] in ".- " or name[-1] in ". " or len(name.encode(errors="replace")) > _LONGEST:
+    sound = isinstance(name, str) and name.isprintable() and not {*"/\\"} & {*name} and ".." not in name
+    if not sound or not name or name[0] in ".- " or name[-1] in ". " or len(os.fsencode(name)) > _LONGEST:
         raise ValueError(f"{name!r} is no name for a scan: a plain one is needed, without folders and ..")
 
 

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import tarfile
 import threading
 import time
@@ -151,13 +152,18 @@ def test_links_out_of_the_studies_are_passed_over(door, tmp_path):
     (studies.folder / "out.nii.gz").symlink_to(tmp_path / "secret.nii.gz")
     (studies.folder / "within.nii.gz").symlink_to(studies.image("case_00"))
     (studies.folder / "dangling.nii.gz").symlink_to("nowhere")
+    for name in (b"not utf-8 \xff.nii.gz", b"line\nbreak.nii.gz", b"a..b.nii.gz"):
+        shutil.copy(studies.image("case_02"), os.path.join(os.fsencode(studies.folder), name))
+    (studies.folder / "folder.nii.gz").mkdir()
     outside = tmp_path / "outside"
     outside.mkdir()
     (studies.folder / "labels" / "away").symlink_to(outside)
     (studies.folder / "labels" / "final" / "case_03.nii.gz").symlink_to(tmp_path / "secret.nii.gz")
     instance = _instance()
     instance.datastore().refresh()
-    assert sorted(instance.datastore().list_images()) == ["case_00", "case_01", "case_02", "case_03", "within"]
+    assert sorted(instance.datastore().list_images()) == ["a..b", "case_00", "case_01", "case_02", "case_03", "within"]
+    assert len(door.get("/datastore/", params={"output": "all"}).json()["objects"]) == 6
+    assert door.get("/datastore/image", params={"image": "a..b"}).status_code == 200
     assert door.get("/datastore/image", params={"image": "out"}).status_code == 404
     assert door.get("/datastore/image", params={"image": "within"}).status_code == 200
     assert door.get("/datastore/label", params={"label": "case_03", "tag": "final"}).status_code == 404

@@ -14,7 +14,7 @@ from scripts.apps.monailabel.annotations import FINAL, given_names
 from scripts.apps.monailabel.statuses import AlreadyThereError, NotFoundError, clear_statuses
 from scripts.apps.monailabel.uploads import (
     SCANS,
-    check_ending,
+    check_file,
     check_new_name,
     check_scan,
     check_tag,
@@ -71,7 +71,7 @@ class CheckedDatastore(LocalDatastore):
             image = self.get_image_uri(image_id)
             if not image:
                 raise ImageNotFoundException(f"no image {image_id!r} among the studies")
-            check_ending(label_filename)
+            check_file(label_filename)
             folder = self._datastore.label_path(label_tag)
             if not all(self._is_inside(os.path.join(folder, image_id + ending)) for ending in SCANS):
                 raise ValueError(f"{label_tag!r} is no tag: its folder is not among the studies")

@@ -28,7 +28,7 @@ from scripts.apps.monailabel.sessions import CheckedSessions  # noqa: E402
 from scripts.apps.monailabel.statuses import NotFoundError, clear_statuses  # noqa: E402
 from scripts.apps.monailabel.strategy import LeastConfident  # noqa: E402
 from scripts.apps.monailabel.train import FineTuning  # noqa: E402
-from scripts.apps.monailabel.uploads import check_tag, is_received, leads_elsewhere  # noqa: E402
+from scripts.apps.monailabel.uploads import check_file, check_tag, is_received, leads_elsewhere  # noqa: E402
 
 MODEL = "neuroverse3d"
 
@@ -109,10 +109,12 @@ class InContextApp(MONAILabelApp):
 
         Raises:
             NotFoundError: it is neither that nor one that was sent.
+            ValueError: what was sent is no scan.
         """
         if isinstance(image, str):
             sent = (session.image for session in (self.sessions() or {}).values())
             if is_received(image) or image in sent:
+                check_file(image)
                 return image, False
             if not leads_elsewhere(image) and (path := store.get_image_uri(image)):
                 return path, True

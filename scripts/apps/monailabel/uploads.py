@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import nrrd
+
 from scripts.apps.monailabel.statuses import clear_statuses
 from scripts.data.integrity import examine
 from scripts.data.volumes import load_volume
@@ -65,14 +67,21 @@ def check_new_name(name: object) -> None:
         raise ValueError(f"{name!r} is no name for a scan: a plain one is needed, without folders and ..")
 
 
-def check_ending(file: str | os.PathLike) -> None:
-    """A stored file has one of :data:`SCANS` as its ending.
+def check_file(file: str | os.PathLike) -> None:
+    """A file that is sent has one of :data:`SCANS` as its ending, and its voxels in it.
 
     Raises:
-        ValueError: it has another.
+        ValueError: another ending, or an NRRD header that names other files as its data.
     """
     if not str(file).endswith(SCANS):
         raise ValueError(f"a file must end in {', '.join(SCANS)}")
+    if str(file).endswith(".nrrd"):
+        try:
+            header = nrrd.read_header(str(file))
+        except Exception as error:  # pynrrd raises whatever it stumbles over
+            raise ValueError("an NRRD file whose header cannot be read") from error
+        if {"datafile", "data file"} & header.keys():
+            raise ValueError("an NRRD file must hold its voxels itself")
 
 
 def check_scan(file: str | os.PathLike) -> None:
@@ -81,7 +90,7 @@ def check_scan(file: str | os.PathLike) -> None:
     Raises:
         ValueError: another ending, or it cannot be read, or not used; the message says why.
     """
-    check_ending(file)
+    check_file(file)
     if problems := examine(load_volume(file), None, None)["problems"]:
         raise ValueError(f"no scan: {'; '.join(problems)}")
 

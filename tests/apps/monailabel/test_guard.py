@@ -177,6 +177,11 @@ def test_links_out_of_the_studies_are_passed_over(door, tmp_path):
 def test_uploads_are_scans_and_replace_nothing(door, tmp_path):
     studies, before = door.studies, everything(tmp_path)
     scan, label = studies.image("case_00").read_bytes(), studies.label("case_00").read_bytes()
+    detached = (
+        f"NRRD0005\ntype: uint8\ndimension: 3\nsizes: 16 16 16\nencoding: raw\ndata file: {tmp_path}/raw\n\n".encode()
+    )
+    (tmp_path / "raw").write_bytes(bytes(range(256)) * 16)
+    before = everything(tmp_path)
     blank = nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)).to_bytes()
     for name, content in {
         "x.py": b"raise SystemExit",
@@ -187,11 +192,15 @@ def test_uploads_are_scans_and_replace_nothing(door, tmp_path):
         "x.html": b"<script>",
         "a\0.nii.gz": b"",
         "torn.nii.gz": scan[:300],
+        "x.nrrd": detached,
+        "y.nrrd": b"\xff\xfe",
         f"x.{'y' * 300}.nii.gz": scan,
     }.items():
         assert upload(door, "new", content, name).status_code == 422, name
         for tag in ("final", "original"):
             assert save(door, "case_00", content, tag=tag, name=name).status_code == 422, (name, tag)
+        sent = door.post(f"/infer/{MODEL}", data={"params": "{}"}, files={"file": (name, content)})
+        assert sent.status_code in (409, 422) and str(tmp_path) not in sent.text, name
     for params in ("[1]", "5", "no JSON", '"$x"'):
         files = {"file": ("scan.nii.gz", scan)}
         asked = door.put("/datastore/image", params={"image": "new"}, data={"params": params}, files=files)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\n", "＝", "＋", "－", "＠")
+"""What a spreadsheet's formula may begin with."""
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[str], Any], suffix: str = "") -> None:
@@ -44,6 +49,31 @@ def write_text(text: str, path: str | os.PathLike) -> None:
 def write_json(content: Any, path: str | os.PathLike) -> None:
     """Write JSON; NaN is refused."""
     write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", path)
+
+
+def write_csv(header: Sequence[str], rows: Iterable[Sequence[Any]], path: str | os.PathLike) -> None:
+    """Write a table that spreadsheets show and do not execute.
+
+    They take text that begins with one of :data:`FORMULA_SIGNS` as a formula, quoted or not. Names may begin so; they
+    get an apostrophe in front (https://owasp.org/www-community/attacks/CSV_Injection). Numbers stay as they are, and
+    what is not UTF-8 becomes question marks; a carriage return, which ``csv`` does not quote, becomes a space.
+
+    Args:
+        header: the columns' names.
+        rows: cells in that order; None is an empty one.
+        path: the file.
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerows([_inert(cell) for cell in row] for row in (header, *rows))
+    write_text(text.getvalue().encode(errors="replace").decode(), path)
+
+
+def _inert(cell: Any) -> Any:
+    if not isinstance(cell, str):
+        return cell
+    cell = cell.replace("\r", " ")
+    return f"'{cell}" if cell.lstrip(" ").startswith(FORMULA_SIGNS) else cell
 
 
 def put_folder_in_place(made: Path, folder: Path, aside: Path) -> None:

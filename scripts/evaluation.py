@@ -8,8 +8,6 @@ PSNR, SSIM and MAE per case, both with the reference's own intensity range. All 
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import re
 import warnings
@@ -34,7 +32,7 @@ from scipy.ndimage import find_objects
 from scipy.stats import bootstrap
 from tqdm import tqdm
 
-from scripts.atomic import write_json, write_text
+from scripts.atomic import write_csv, write_json
 from scripts.data.files import image_files
 from scripts.data.grids import grid_difference, on_axes_of
 from scripts.data.label_numbers import count_labels
@@ -143,7 +141,8 @@ class Evaluation:
             summary["ignored_labels"] = sorted(self._ignored)
 
         write_json(summary, summary_file)
-        write_text(_csv_text(rows), table_file)  # last: where it is, the evaluation is complete
+        # last: where it is, the evaluation is complete
+        write_csv(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows], table_file)
         print(_table_text(summary))
         if unused:
             have = "reference has" if len(unused) == 1 else "references have"
@@ -362,17 +361,10 @@ def _rounded(value: float) -> float:
     return round(float(value), 6)  # MONAI computes in float32
 
 
-def _csv_text(rows: list[dict[str, Any]]) -> str:
-    def cell(value: str | int | float) -> str | int | float:
-        if not isinstance(value, float):
-            return value
-        return "" if np.isnan(value) else _rounded(value)
-
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
-    return text.getvalue()
+def _cell(value: str | int | float) -> str | int | float | None:
+    if not isinstance(value, float):
+        return value
+    return None if np.isnan(value) else _rounded(value)
 
 
 def _table_text(summary: dict[str, Any]) -> str:

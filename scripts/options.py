@@ -162,7 +162,7 @@ def normalise(name: str, value: Any) -> Any:
         reader = _READERS[option.kind]
     try:
         return reader(value)
-    except (ValueError, TypeError, SyntaxError) as error:
+    except (ValueError, TypeError, SyntaxError, OverflowError) as error:
         raise ValueError(f"--{name} {value!r} is not a valid {option.kind} ({option.meaning}): {error}") from error
 
 

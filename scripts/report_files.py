@@ -7,8 +7,6 @@ With the targets split over several processes each has a report of its own in ``
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import os
@@ -17,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scripts.atomic import write_json, write_text
+from scripts.atomic import write_csv, write_json
 from scripts.report_page import write_page
 from scripts.shards import Shard
 
@@ -109,10 +107,7 @@ def publish(report: Report, folder: str | os.PathLike) -> None:
         for label, volume in entry["volumes_mm3"].items()
     ]
     if rows:
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerows([("case", "label", "volume_mm3"), *rows])
-        write_text(text.getvalue().encode(errors="replace").decode(), folder / VOLUMES)
+        write_csv(("case", "label", "volume_mm3"), rows, folder / VOLUMES)
     write_page(report, folder)
 
 

@@ -32,8 +32,8 @@ from scipy.ndimage import find_objects
 from scipy.stats import bootstrap
 from tqdm import tqdm
 
-from scripts.atomic import write_json, write_text
 from scripts.data.volumes import AFFINE_TOLERANCE_MM, ENDINGS, load_volume, strip_ending
+from scripts.output_folder import check_file, write_json, write_text
 
 METRICS = {"segmentation": ("dice", "hd95_mm", "nsd_1mm"), "generation": ("psnr_db", "ssim", "mae")}
 VOLUMES = ("reference_volume_mm3", "predicted_volume_mm3")
@@ -59,7 +59,7 @@ class Evaluation:
         labels: label values to score; by default every value above 0 found in any file.
         num_bootstrap: resamples behind each 95 % interval.
         seed: of the bootstrap.
-        overwrite: replace an earlier evaluation in ``output_dir``.
+        overwrite: replace an earlier evaluation of this program in ``output_dir``.
         progress: show a progress bar over the cases.
         prediction_channel: read only the files ``CASE_000k`` of this channel k from ``prediction_dir``, as in an
             nnU-Net ``imagesTr``; the suffix is no part of the case's name then.
@@ -116,8 +116,8 @@ class Evaluation:
         if self.prediction_dir is None or self.reference_dir is None:
             raise ValueError("give --prediction_dir and --reference_dir, folders with one file per case")
         table_file, summary_file = self.output_dir / "metrics.csv", self.output_dir / "summary.json"
-        if table_file.exists() and not self.overwrite:
-            raise FileExistsError(f"{table_file} exists: give another --output_dir or --overwrite true")
+        for file in (table_file, summary_file):
+            check_file(file, self.overwrite or file == summary_file, "--output_dir")
         pairs, labels, unused = self._pair_and_check()
         self.output_dir.mkdir(parents=True, exist_ok=True)
         rows: list[dict[str, Any]] = []

@@ -339,11 +339,10 @@ class InferenceRun(Sequence[Case]):
         answers = [path for t in targets for path in (self._answer(t["case"]), self.output_dir / f"{t['case']}.png")]
         for path in [*answers, *self._pages()]:
             if (itself := known.get(_identity(path))) is not None:
-                what = (
-                    path if os.path.abspath(itself) == os.path.abspath(path) else f"{path} (the same file as {itself})"
-                )
+                same = os.path.abspath(itself) == os.path.abspath(path)
                 raise FileExistsError(
-                    f"{what} is an input of this run, such as a scan, and would be written over: give another --output_dir"
+                    f"{path}{'' if same else f' (the same file as {itself})'} is an input of this run, such as a scan, "
+                    "and would be written over: give another --output_dir"
                 )
 
     def _check_names(self, targets: Sequence[Case]) -> None:
@@ -375,8 +374,8 @@ class InferenceRun(Sequence[Case]):
             for path in self._output.state.glob(f"{_LOCKS}*.lock"):
                 if path.name != own and not self._is_free(path.name):
                     raise FileExistsError(
-                        f"a run with other contexts, weights or settings is at work in {self.output_dir}: wait, or give "
-                        "another --output_dir"
+                        f"a run with other contexts, weights or settings is at work in {self.output_dir}: wait, or "
+                        "give another --output_dir"
                     )
             alone = self._is_free(own)
             self._at_work.enter_context(self._output.at_work(own, shared=True))

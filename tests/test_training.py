@@ -49,7 +49,8 @@ def finished(data, tmp_path_factory):
 def test_a_run_leaves_its_files(finished):
     names = {p.name for p in finished.iterdir()}
     assert names == {
-        "model.pt", "last.pt", "tensorboard", "config.json", "manifest.json", "metrics.csv", "splits.json", "rows.json"
+        "model.pt", "last.pt", "tensorboard", "config.json", "manifest.json", "metrics.csv", "splits.json", "rows.json",
+        ".neuroverse3d",
     }  # fmt: skip
     assert [row["epoch"] for row in rows(finished)] == ["1", "2"]
     assert all(0 <= float(row["val_dice"]) <= 1 and float(row["val_loss"]) > 0 for row in rows(finished))

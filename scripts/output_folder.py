@@ -38,6 +38,7 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 
 _placed: dict[str, tuple[int, ...]] = {}
 """What this process has put in place, and how to know it again without reading it."""
+_folders: dict[Path, OutputFolder] = {}
 _locks: set[int] = set()
 _warned: set[Path] = set()
 
@@ -54,13 +55,15 @@ class OutputFolder:
         self.state = self.folder / STATE
         self._written: dict[str, set[str]] = {}
         self._patterns: set[str] = set()
+        self._record_id: tuple[int, int] | None = None
         self._read_up_to = 0
 
     @classmethod
     def of(cls, path: str | os.PathLike) -> OutputFolder:
         """The folder whose record a file belongs in: the nearest one above it that has a record, else its own."""
         parents = Path(os.path.abspath(path)).parents
-        return cls(next((parent for parent in parents if (parent / STATE).is_dir()), parents[0]))
+        folder = next((parent for parent in parents if (parent / STATE).is_dir()), parents[0])
+        return _folders.setdefault(folder, cls(folder))
 
     def open(self) -> OutputFolder:
         """Make the folder; results below it go on its record."""
@@ -198,21 +201,28 @@ class OutputFolder:
 
     def _read(self) -> None:
         """Take in what was added to the record since it was last read."""
-        record = self.state / _RECORD
-        size = record.stat().st_size if record.is_file() else 0
-        if size == self._read_up_to:
+        try:
+            with open(self.state / _RECORD, "rb") as record:
+                status = os.fstat(record.fileno())
+                if self._record_id != (status.st_dev, status.st_ino) or status.st_size < self._read_up_to:
+                    self._written, self._patterns, self._read_up_to = {}, set(), 0
+                    self._record_id = status.st_dev, status.st_ino
+                record.seek(self._read_up_to)
+                text = record.read()
+        except FileNotFoundError:
+            self._written, self._patterns, self._read_up_to = {}, set(), 0
             return
-        self._written, self._patterns = {}, set()
-        for text in record.read_text(encoding="utf-8", errors="replace").splitlines():
+        whole = text[: text.rfind(b"\n") + 1]  # the last line may not be finished
+        self._read_up_to += len(whole)
+        for line_text in whole.splitlines():
             try:
-                line = json.loads(text)  # one may have been cut short
+                line = json.loads(line_text)  # one may have been cut short
                 if "pattern" in line:
                     self._patterns.add(line["pattern"])
                 else:
                     self._written.setdefault(line["file"], set()).add(line["sha256"])
             except (ValueError, KeyError, TypeError):
                 continue
-        self._read_up_to = size
 
     def _line(self, path: Path, content: str | os.PathLike) -> dict[str, str]:
         return {"file": self._name(path), "sha256": _sha256(content)}

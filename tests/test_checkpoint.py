@@ -31,7 +31,7 @@ def one_line(caught) -> str:
 
 
 def files_in(folder):
-    return sorted(p.name for p in folder.iterdir())
+    return sorted(p.name for p in folder.glob("[!.]*"))
 
 
 def same_state(a, b):

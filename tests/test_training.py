@@ -142,6 +142,9 @@ def test_cases_given_directly(data, tmp_path):
 
 
 def test_nothing_to_resume(data, tmp_path):
+    folder = train(tmp_path, dataset_dir=str(data), epochs=1, resume=True)
+    assert len(rows(folder)) == 1, "there was nothing, so it begins"
+    (folder / "last.pt").unlink()
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         train(tmp_path, dataset_dir=str(data), resume=True)
 

@@ -16,7 +16,7 @@ from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scripts.atomic import write_csv, write_text
+from scripts.output_folder import write_csv, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 _DPKG_STATUS = Path("/var/lib/dpkg/status")

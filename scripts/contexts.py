@@ -167,6 +167,11 @@ class ContextSet:
         pair_bytes = 5 * int(np.prod(preprocessing.spatial_size))  # float32 image, uint8 labels
         self._on_grid = _LastUsed(self._read, max(all_at_once, _CACHE_BYTES // pair_bytes))
 
+    @property
+    def files(self) -> list[str]:
+        """Files that the pairs come from."""
+        return [part for e in self._examples for part in (e.image, e.answer) if not isinstance(part, MetaTensor)]
+
     def __len__(self) -> int:
         """L."""
         return len(self.names)

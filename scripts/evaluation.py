@@ -32,12 +32,12 @@ from scipy.ndimage import find_objects
 from scipy.stats import bootstrap
 from tqdm import tqdm
 
-from scripts.atomic import write_csv, write_json
 from scripts.data.files import image_files
 from scripts.data.grids import grid_difference, on_axes_of
 from scripts.data.label_numbers import count_labels
 from scripts.data.nnunet import ignored_labels
 from scripts.data.volumes import ENDINGS, VolumeError, load_labels, load_volume, strip_ending
+from scripts.output_folder import check_file, write_csv, write_json
 
 METRICS = {"segmentation": ("dice", "hd95_mm", "nsd_1mm"), "generation": ("psnr_db", "ssim", "mae")}
 VOLUMES = ("reference_volume_mm3", "predicted_volume_mm3")
@@ -63,7 +63,7 @@ class Evaluation:
         labels: label values to score; by default every value above 0 found in any file.
         num_bootstrap: resamples behind each 95 % interval.
         seed: of the bootstrap.
-        overwrite: replace an earlier evaluation in ``output_dir``.
+        overwrite: replace an earlier evaluation of this program in ``output_dir``.
         progress: show a progress bar over the cases.
         prediction_channel: read only the files ``CASE_000k`` of this channel k from ``prediction_dir``, as in an
             nnU-Net ``imagesTr``; the suffix is no part of the case's name then.
@@ -124,8 +124,8 @@ class Evaluation:
         if self.prediction_dir is None or self.reference_dir is None:
             raise ValueError("give --prediction_dir and --reference_dir, folders with one file per case")
         table_file, summary_file = self.output_dir / "metrics.csv", self.output_dir / "summary.json"
-        if table_file.exists() and not self.overwrite:
-            raise FileExistsError(f"{table_file} exists: give another --output_dir or --overwrite true")
+        for file in (table_file, summary_file):
+            check_file(file, self.overwrite or file == summary_file, "--output_dir")
         self._ignored = self._ignored_labels()
         self._reordered: list[str] = []
         pairs, labels, unused = self._pair_and_check()

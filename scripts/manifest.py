@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from scripts.atomic import write_text
 from scripts.data.files import read_json
+from scripts.output_folder import write_text
 
 MANIFEST = "manifest.json"
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,10 +51,7 @@ def write_manifest(
         "environment": environment(str(options.get("device", "cpu"))),
         "seed": options.get("seed"),
         "weights": {"file": str(weights), "sha256": file_sha256(weights)} if present else None,
-        "data": {
-            "cases": len(lines),
-            "listing_sha256": hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest(),
-        },
+        "data": {"cases": len(lines), "listing_sha256": hashlib.sha256(os.fsencode("".join(lines))).hexdigest()},
         "options": dict(options),
         "config": dict(config),
         "earlier": earlier,

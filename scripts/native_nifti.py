@@ -11,9 +11,9 @@ import numpy as np
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
-from scripts.atomic import write_atomically
 from scripts.data.grids import same_place
 from scripts.data.volumes import NIFTI_SPACE, NIFTI_SPACE_FIELDS, affine_in_mm
+from scripts.output_folder import write_output
 
 _SCANNER_SPACE = 1
 
@@ -56,10 +56,11 @@ def save_native(answer: MetaTensor, path: str | Path) -> None:
     """Write :func:`native_nifti` to ``path`` (``.nii.gz``), all of it or nothing.
 
     Raises:
+        FileExistsError: there is a file that this program did not write.
         OSError: the folder cannot be written, or the disk is full.
     """
     image = native_nifti(answer)
-    write_atomically(path, lambda temporary: nib.save(image, temporary), ".nii.gz")
+    write_output(path, lambda temporary: nib.save(image, temporary), ".nii.gz")
 
 
 class SaveAnswerd(MapTransform):

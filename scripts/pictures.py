@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from scripts.atomic import write_atomically
+from scripts.output_folder import write_output
 
 PANEL_PX = 256
 GAP_PX = 8
@@ -191,8 +191,12 @@ def contact_sheet(figures: Sequence[Image.Image], columns: int = 2) -> Image.Ima
 
 
 def save_png(figure: Image.Image, path: str | os.PathLike) -> None:
-    """Write the figure as PNG: the complete file takes the old one's place, or the old one stays."""
-    write_atomically(path, lambda temporary: figure.save(temporary, format="PNG"))
+    """Write the figure as PNG: the complete file takes the old one's place, or the old one stays.
+
+    Raises:
+        FileExistsError: there is a file that this program did not write.
+    """
+    write_output(path, lambda temporary: figure.save(temporary, format="PNG"))
 
 
 def _array(x: Any) -> np.ndarray:

@@ -9,6 +9,7 @@ With the options of a training (data, task, grid, context size, seed), its first
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from scripts.data import Collection, EpisodeDataset
 from scripts.data.tasks import find_task
 from scripts.gin import GlobalIntensityNonlinear
 from scripts.options import flag, normalise
+from scripts.output_folder import OutputFolder
 from scripts.pictures import GroupView, contact_sheet, group_figure, save_png
 
 _SHEET = "preview.png"
@@ -101,8 +103,7 @@ def preview(
         seed=seed,
     )
     figures = [draw_group(dataset, index) for index in trange(number, desc="groups", unit="group")]
-    for old in folder.glob(_GROUPS):
-        old.unlink()
+    OutputFolder.of(folder / _SHEET).remove(*folder.glob(_GROUPS))
     for index, figure in enumerate(figures):
         save_png(figure, folder / f"group_{index:04d}.png")
     save_png(contact_sheet(figures), folder / _SHEET)
@@ -136,7 +137,9 @@ def draw_group(dataset: EpisodeDataset, number: int) -> Image.Image:
 def _check_place(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: give another --output_dir")
-    if not overwrite and ((folder / _SHEET).exists() or any(folder.glob(_GROUPS))):
+    pictures = [path for path in (folder / _SHEET, *folder.glob(_GROUPS)) if os.path.lexists(path)]
+    OutputFolder.of(folder / _SHEET).check(*pictures)
+    if pictures and not overwrite:
         raise FileExistsError(f"{folder} already holds pictures: give another --output_dir or --overwrite true")
 
 

@@ -20,13 +20,14 @@ import numpy as np
 from monai.utils import optional_import
 from tqdm import tqdm
 
-from scripts.atomic import put_folder_in_place, write_json
+from scripts.atomic import write_json
 from scripts.data.dicom import write_series
 from scripts.data.grids import on_axes_of
 from scripts.data.integrity import inspect_cases, sound_cases
 from scripts.data.nnunet import Case, DatasetError
 from scripts.data.pairing import DicomSeries, ImageFile, RawCase, RawDataset
 from scripts.data.volumes import VolumeError, load_labels, load_volume
+from scripts.output_folder import check_folder, put_folder_in_place
 
 _ENDING = ".nii.gz"
 
@@ -110,22 +111,12 @@ def write_dataset(
     return WrittenDataset(folder, training, len(sound) - training, labels if masks else None, counts)
 
 
-_PARTS = {"imagesTr", "labelsTr", "imagesTs", "labelsTs", "dataset.json"}
-"""What a dataset of this program consists of."""
-
-
 def _check_free(folder: Path, overwrite: bool) -> None:
     number = folder.name.partition("_")[0]
     for found in sorted(folder.parent.glob(f"{number}_*")):
         if found.name != folder.name:  # nnU-Net finds a dataset by its number
             raise FileExistsError(f"{found} has the number of {folder.name}: give another --dataset_id or --output_dir")
-        if not overwrite:
-            raise FileExistsError(f"{found} exists: give another --dataset_id, or --overwrite true to replace it")
-        foreign = sorted(path.name for path in found.iterdir() if path.name not in _PARTS)
-        if foreign:
-            raise FileExistsError(
-                f"{found} also holds {', '.join(foreign[:3])}, which --overwrite true would delete: move it away"
-            )
+    check_folder(folder, overwrite, "--dataset_id")
 
 
 def _check_not_source(raw: RawDataset, folder: Path) -> None:

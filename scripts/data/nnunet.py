@@ -142,7 +142,7 @@ def ignored_labels(description: str | Path) -> set[int]:
         DatasetError: it cannot be read.
     """
     try:
-        labels = _read_labels(json.loads(Path(description).read_text(encoding="utf-8-sig")).get("labels", {}))
+        labels = _read_labels(read_json(description).get("labels", {}))
     except (ValueError, TypeError, AttributeError) as error:
         raise DatasetError(f"{description} has no readable 'labels' entry: {error}") from error
     return {value for name, values in labels.items() if name.lower() == "ignore" for value in values}

@@ -51,7 +51,7 @@ def out(tmp_path):
 
 
 def everything(folder):
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if ".neuroverse3d" not in p.parts)
 
 
 # --- the result

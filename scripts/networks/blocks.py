@@ -11,11 +11,8 @@ pairs is computed once.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from scripts.networks.residual_gradient import ResidualGradient
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -39,11 +36,6 @@ def pairwise(x: Tensor, pairs: int) -> Tensor:
     return x.unflatten(0, (-1, pairs))
 
 
-def _has_gradient_of_its_own(x: Tensor) -> bool:
-    plain = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not plain
-
-
 class ResidualUnit(nn.Module):
     """conv 3³ - GELU - ... - conv 3³, add the input, GELU."""
 
@@ -53,8 +45,6 @@ class ResidualUnit(nn.Module):
 
     def before_gelu(self, x: Tensor) -> Tensor:
         """All but the last GELU."""
-        if _has_gradient_of_its_own(x):
-            return ResidualGradient.apply(x, *(p for conv in self.convs for p in (conv.weight, conv.bias)))
         y = self.convs[0](x)
         for conv in self.convs[1:]:
             y = conv(F.gelu(y))

@@ -7,11 +7,11 @@ from functools import partial
 from itertools import pairwise as neighbours
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scripts.networks.blocks import Down, Fusion, ResidualUnit, UpMerge, pairwise, pointwise
+from scripts.networks.blocks import Down, Fusion, ResidualUnit, UpMerge, pairwise
+from scripts.networks.kernels import pointwise
 
 
 class Part(nn.Module):
@@ -22,12 +22,6 @@ class Part(nn.Module):
     def stage(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Run one stage; with activation checkpointing only its inputs are kept for the backward pass."""
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return function(*inputs)
-
-    def cheap(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Run what is quicker to compute again in the backward pass than to keep: GELUs and 1³ convolutions."""
-        if torch.is_grad_enabled() and not self.activation_checkpointing and not torch.compiler.is_compiling():
             return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
         return function(*inputs)
 
@@ -97,10 +91,8 @@ class ContextUNet(Part):
         return features
 
     def _encode(self, stage: int, count: int, x: Tensor, target: Tensor) -> Tensor:
-        if not stage:
-            x = pointwise(x, self.embedding.weight, self.embedding.bias)
-        fuse = self.fusions[stage].into_context
-        return self.cheap(lambda x, t: fuse(F.gelu(x), t, count), self.residuals[stage].before_gelu(x), target)
+        x = self.residuals[stage](x) if stage else self.stem(x)
+        return self.fusions[stage].into_context(x, target, count)
 
 
 class TargetDecoder(Part):
@@ -120,12 +112,5 @@ class TargetDecoder(Part):
         for stage, (residual, fusion, feature) in enumerate(zip(self.residuals, self.fusions, features, strict=True)):
             if stage:
                 x = self.stage(self.ups[stage - 1], x, skips.pop())
-            x = self.stage(partial(self._fuse, residual, fusion), x, feature)
-        return self.stage(self._predict, x)
-
-    def _fuse(self, residual: ResidualUnit, fusion: Fusion, x: Tensor, feature: Tensor) -> Tensor:
-        return self.cheap(lambda x, f: fusion.into_target(F.gelu(x), f), residual.before_gelu(x), feature)
-
-    def _predict(self, x: Tensor) -> Tensor:
-        weight, bias = self.output.weight, self.output.bias
-        return self.cheap(lambda x: pointwise(F.gelu(x), weight, bias), self.head.before_gelu(x))
+            x = self.stage(lambda x, feature, r=residual, f=fusion: f.into_target(r(x), feature), x, feature)
+        return self.stage(lambda x: pointwise(self.head(x), self.output.weight, self.output.bias), x)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scripts.networks.blocks import Down, Fusion, ResidualUnit, UpMerge, pairwise
+from scripts.networks.kernels import conv3d
 from scripts.networks.parts import ContextUNet, TargetDecoder, TargetEncoder
 
 SLAB_BYTES = 8 * 2**20
@@ -173,17 +174,13 @@ def conv_rows(slabs: Iterable[Tensor], weight: Tensor, bias: Tensor | None, heig
         beyond = torch.zeros_like(slab[:, :1])
         piece = torch.cat([beyond if held is None else held, slab, *([beyond] if received == height else [])], 1)
         if piece.shape[1] > 2:
-            yield conv3d(piece, weight, bias)
+            yield conv_slab(piece, weight, bias)
         held = piece[:, -2:]
 
 
-def conv3d(slab: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
+def conv_slab(slab: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
     """3D convolution of a slab that brings its own padding in the first axis."""
-    x, padding = slab.contiguous().movedim(-1, 1), (0, 1, 1)
-    # PyTorch hands small inputs to a slow kernel of its own; oneDNN's is the faster at every size
-    if torch.backends.mkldnn.is_available():
-        return torch.mkldnn_convolution(x, weight, bias, padding, (stride,) * 3, (1, 1, 1), 1).movedim(1, -1)
-    return F.conv3d(x, weight, bias, stride, padding).movedim(1, -1)
+    return conv3d(slab.contiguous().movedim(-1, 1), weight, bias, stride, padding=(0, 1, 1)).movedim(1, -1)
 
 
 def down(part: Down, x: Tensor) -> Tensor:
@@ -198,7 +195,7 @@ def down(part: Down, x: Tensor) -> Tensor:
         b = min(a + step, halved[0])
         slab = read(max(2 * a - 1, 0), min(2 * b + 1, size[0]))
         slab = F.pad(slab, (0, 0, 0, 0, 0, 0, int(a == 0), int(b == halved[0])))
-        rows_of(result)[:, a:b] = conv3d(slab, part.conv.weight, part.conv.bias, 2)
+        rows_of(result)[:, a:b] = conv_slab(slab, part.conv.weight, part.conv.bias, 2)
     return result
 
 

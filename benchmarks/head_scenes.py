@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +27,9 @@ from scripts.data.anatomy import AIR, Anatomy
 from scripts.data.contrast import Contrast, draw_contrast, draw_image
 from scripts.data.draws import Draws
 from scripts.data.label_map_anatomy import LabelMaps, map_names
-from scripts.data.pose import label_table, pool_labels
+from scripts.data.pose import add_lesion, label_table, pool_labels
 from scripts.data.preprocessing import bounding_box
+from scripts.data.synthesis import LESION
 
 HELD_OUT = ("brain_05", "brain_10", "brain_15", "brain_20")
 """People who are targets only."""
@@ -45,6 +47,8 @@ _SUPERSAMPLING = 2
 _SLAB = 2  # planes of points
 _INTENSITY = 1000  # of the brightest voxel: scans are stored as whole numbers
 _CEREBELLUM = (7, 8, 46, 47)
+_FLUID = (24,)  # around the brain
+_AROUND_BRAIN = 500  # values from here on
 _OTHER_SIDE = {2: 41, 3: 42, 4: 43, 5: 44, 7: 46, 8: 47, 10: 49, 11: 50, 12: 51, 13: 52, 17: 53, 18: 54}
 _OTHER_SIDE |= {25: 57, 26: 58, 28: 60, 30: 62, 136: 137, 163: 164}
 _ELSE = 0.5  # mean of the tissues that a table does not have
@@ -122,6 +126,9 @@ class HeadScenes:
         ValueError: the folder lacks held-out people, or has nobody else.
     """
 
+    classes = tuple(STRUCTURES)
+    """Names of the labels, first of label 1."""
+
     def __init__(self, label_maps: str, output_dir: str | Path) -> None:
         self.folder, self.output_dir = label_maps, Path(output_dir)
         names = map_names(label_maps)
@@ -152,7 +159,7 @@ class HeadScenes:
             dataset, kind = (folder / CONTEXTS, "Tr") if number else (folder / TARGETS, "Ts")
             _save(image, settings.voxel_mm, dataset / f"images{kind}" / f"{person}_0000.nii.gz")
             _save(label, settings.voxel_mm, dataset / f"labels{kind}" / f"{person}.nii.gz")
-        classes = {"background": 0} | {name: value for value, name in enumerate(STRUCTURES, start=1)}
+        classes = {"background": 0} | {name: value for value, name in enumerate(self.classes, start=1)}
         description = {"channel_names": {"0": "scan"}, "labels": classes, "file_ending": ".nii.gz"}
         write_json(description | {"numTraining": len(people)}, folder / CONTEXTS / "dataset.json")
         # last, so that a folder without it is one whose making was cut short
@@ -169,8 +176,7 @@ class HeadScenes:
             voxel_mm: edge of the voxels.
 
         Returns:
-            Image (H, W, D) in [0, 1] and label map of bytes (1 for the first of the structures), both in RAS, and
-            the pose.
+            Image (H, W, D) in [0, 1] and label map of bytes (1 for the first class), both in RAS, and the pose.
         """
         pose = Pose(
             tuple(draws.uniform(-DEGREES, DEGREES, 3).tolist()),
@@ -178,20 +184,13 @@ class HeadScenes:
             draws.number(),
         )
         seen = self._see(person, pose, voxel_mm / _SUPERSAMPLING)
-        label = self._label(seen)
+        seen, label = self._labelled(draws, seen)
         image = draw_image(draws, seen, torch.ones_like(seen, dtype=torch.bool), contrast, _SUPERSAMPLING)
         return image, label, pose
 
-    def _label(self, seen: Tensor) -> Tensor:
-        """Label map (H, W, D) of bytes from tissue numbers at the points."""
-        labels, s = self._anatomy.labels, _SUPERSAMPLING
-        table = label_table(labels)
-        answer = torch.zeros([n // s for n in seen.shape], dtype=torch.uint8)
-        # most of a head has no label, and counting points is slow
-        box = tuple(slice(low // s, (high + s - 1) // s) for low, high in bounding_box(table[seen.int()] > 0))
-        points = tuple(slice(s * side.start, s * side.stop) for side in box)
-        answer[box] = pool_labels(seen[points], table, s, len(labels))
-        return answer
+    def _labelled(self, draws: Draws, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Tissue numbers at the points of a scan, and its label map."""
+        return seen, _pooled(seen, self._anatomy.labels)
 
     def _see(self, person: str, pose: Pose, point_mm: float) -> Tensor:
         """Tissue numbers at the points of a scan's field of view."""
@@ -265,9 +264,45 @@ class HeadScenes:
         return Anatomy((), (), (), labels, len(self._maps.values), sides, self._maps.kinds)
 
 
+class LesionScenes(HeadScenes):
+    """The same heads with one lesion in each brain, which is the label; somewhere else in everyone.
+
+    Lesions are those of :mod:`scripts.data.pose`, in all scans of an episode either bright or dark.
+    """
+
+    classes = (LESION,)
+
+    def _labelled(self, draws: Draws, seen: Tensor) -> tuple[Tensor, Tensor]:
+        lesion = self._anatomy.tissues
+        outside = torch.tensor([not 0 < v < _AROUND_BRAIN or v in _FLUID for v in self._maps.values.tolist()])
+        brain = seen.masked_fill(outside[seen.int()], AIR)
+        with_lesion = brain
+        while not (there := with_lesion == lesion).any():  # some subjects of cohorts have none, those here do
+            with_lesion = add_lesion(draws, brain, lesion)
+        seen = seen.masked_fill(there, lesion)
+        return seen, _pooled(seen, [(lesion,)])
+
+    def _contrast(self, settings: Settings, number: int) -> Contrast:
+        contrast = super()._contrast(settings, number)
+        draws = Draws((settings.seed, *settings.person.encode(), settings.contrast), 3)
+        means = torch.cat([contrast.means, torch.tensor([1.0 if draws.chance(0.5) else 0.02])])
+        return replace(contrast, means=means, spreads=torch.cat([contrast.spreads, torch.tensor([0.03])]))
+
+
 def contrast_name(number: int) -> str:
     """``T1``, ``T2``, ``random2`` and so on."""
     return (*_MEANS, *(f"random{i}" for i in range(len(_MEANS), number + 1)))[number]
+
+
+def _pooled(seen: Tensor, labels: Sequence[Sequence[int]]) -> Tensor:
+    """Label map (H, W, D) of bytes from tissue numbers at the points; ``labels`` as in :func:`label_table`."""
+    table, s = label_table(labels), _SUPERSAMPLING
+    answer = torch.zeros([n // s for n in seen.shape], dtype=torch.uint8)
+    # most of a head has no label, and counting points is slow
+    box = tuple(slice(low // s, (high + s - 1) // s) for low, high in bounding_box(table[seen.int()] > 0))
+    points = tuple(slice(s * side.start, s * side.stop) for side in box)
+    answer[box] = pool_labels(seen[points], table, s, len(labels))
+    return answer
 
 
 def _save(volume: Tensor, voxel_mm: float, path: Path) -> None:

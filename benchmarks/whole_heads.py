@@ -70,10 +70,12 @@ def whole_heads(
     rows = []
     for size in context_sizes:
         for episode in tqdm(episodes, f"K={size}"):
-            answers = Path(output_dir) / "answers" / f"K{size}" / episode.name
-            found = segment(folders[episode.name], answers, f"--context_size {size} {options}", checkpoint)
+            folder, answers = folders[episode.name], Path(output_dir) / "answers" / f"K{size}" / episode.name
+            given = f"--context_size {size} {options}"
+            case = segment(folder / TARGETS, folder / CONTEXTS, answers, given, checkpoint)[episode.person]
             row = {"context_size": size, "target": episode.name, "contrast": contrast_name(episode.contrast)}
-            rows.append(row | found | {"dice": structure_dice(folders[episode.name], answers, episode.person)})
+            row |= {name: case[name] for name in ("seconds", "command_seconds")}
+            rows.append(row | {"dice": structure_dice(folder, answers, episode.person)})
             print(f"{episode.name}: {np.mean(list(rows[-1]['dice'].values())):.3f}", flush=True)
     print(table(rows))
     settings = {"part": part, "other_contrast": other_contrast, "options": options, "checkpoint": checkpoint}
@@ -100,31 +102,34 @@ def part_settings(
     ]
 
 
-def segment(episode: Path, output_dir: Path, options: str, checkpoint: str) -> dict[str, float]:
-    """Segment an episode's target with ``configs/inference.json``.
+def segment(
+    dataset_dir: str | Path, context_dir: str | Path, output_dir: str | Path, options: str, checkpoint: str
+) -> dict[str, dict[str, Any]]:
+    """Segment targets with ``configs/inference.json``.
 
     Args:
-        episode: of :meth:`HeadScenes.episode`.
-        output_dir: for the answer; what is there is replaced.
+        dataset_dir: of the targets.
+        context_dir: nnU-Net dataset with the contexts.
+        output_dir: for the answers; what is there is replaced.
         options: further ones, as on a command line.
         checkpoint: weights.
 
     Returns:
-        ``seconds`` of the target as the run's report has them, ``command_seconds`` from start to end.
+        What the run's report has of each case, and ``command_seconds``, from start to end over the number of cases.
 
     Raises:
-        ValueError: the command failed, or made no answer.
+        ValueError: the command failed, or made no answer of a target.
     """
-    folders = {"dataset_dir": episode / TARGETS, "context_dir": episode / CONTEXTS, "output_dir": output_dir}
+    folders = {"dataset_dir": dataset_dir, "context_dir": context_dir, "output_dir": output_dir}
     given = [word for name, value in folders.items() for word in (f"--{name}", str(value))]
     started = time.monotonic()
     run_inference([*given, "--checkpoint", checkpoint, "--overwrite", "true", *shlex.split(options)])
     passed = time.monotonic() - started
-    report = json.loads((output_dir / REPORT).read_text(encoding="utf-8"))
+    report = json.loads((Path(output_dir) / REPORT).read_text(encoding="utf-8"))
     if report["failed"]:
-        raise ValueError(f"{episode} has no answer: {report['failed']}")
-    (case,) = report["cases"].values()
-    return {"seconds": case["seconds"], "command_seconds": round(passed, 1)}
+        raise ValueError(f"{dataset_dir}: no answer of {report['failed']}")
+    seconds = round(passed / len(report["cases"]), 1)
+    return {name: case | {"command_seconds": seconds} for name, case in report["cases"].items()}
 
 
 def run_inference(arguments: Sequence[str]) -> None:

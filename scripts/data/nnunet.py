@@ -141,8 +141,9 @@ def ignored_labels(description: str | Path) -> set[int]:
     Raises:
         DatasetError: it cannot be read.
     """
+    content = read_json(description, dict, _LABELS, "has no readable 'labels' entry")
     try:
-        labels = _read_labels(read_json(description).get("labels", {}))
+        labels = _read_labels(content.get("labels", {}))
     except (ValueError, TypeError, AttributeError) as error:
         raise DatasetError(f"{description} has no readable 'labels' entry: {error}") from error
     return {value for name, values in labels.items() if name.lower() == "ignore" for value in values}

@@ -29,7 +29,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], Any], suffi
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -46,29 +46,33 @@ def write_json(content: Any, path: str | os.PathLike) -> None:
     write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", path)
 
 
-def put_folder_in_place(made: Path, folder: Path, aside: Path) -> None:
+def put_folder_in_place(made: Path, folder: Path, aside: Path, check: Callable[[Path], None] | None = None) -> None:
     """Rename a complete folder to its place; what is there goes aside, and comes back if that fails.
 
     Args:
         made: the complete folder, on the file system of ``folder``.
         folder: its place; what is there may be a folder or nothing.
         aside: free path on the same file system; removing it is up to the caller.
+        check: raises if what went aside may not be replaced.
 
     Raises:
-        OSError: a rename fails; ``folder`` is as it was.
+        OSError: a rename fails; ``folder`` is as it was. So it is with any error of ``check``.
     """
     if not folder.exists():
         made.rename(folder)
         return
     folder.rename(aside)
     try:
+        if check is not None:
+            check(aside)
         made.rename(folder)
     except BaseException:
         aside.rename(folder)
         raise
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's umask."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

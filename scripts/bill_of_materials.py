@@ -9,8 +9,6 @@ The image runs this when it is built. The same packages give the same files, byt
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scripts.atomic import write_text
+from scripts.output_folder import write_csv, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 _DPKG_STATUS = Path("/var/lib/dpkg/status")
@@ -44,11 +42,7 @@ def bill_of_materials(output_dir: str) -> None:
     found = sorted({*_python_packages(), *_debian_packages()})
     metadata = json.loads((ROOT / "configs" / "metadata.json").read_text(encoding="utf-8"))
     write_text(json.dumps(document(found, metadata), indent=1) + "\n", Path(output_dir) / "sbom.cdx.json")
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(Component._fields[:3])
-    writer.writerows(component[:3] for component in found)
-    write_text(table.getvalue(), Path(output_dir) / "licenses.csv")
+    write_csv(Component._fields[:3], [component[:3] for component in found], Path(output_dir) / "licenses.csv")
     print(f"{len(found)} packages in {output_dir}")
 
 

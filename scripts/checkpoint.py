@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scripts.atomic import write_atomically
 from scripts.networks import Neuroverse3D
 from scripts.options import flag
+from scripts.output_folder import check_file, write_output
 
 AUTHORS_GRID = 128
 """Grid of the authors' published weights, voxels per axis."""
@@ -76,6 +76,7 @@ def atomic_save(obj: Any, path: str | os.PathLike) -> None:
     """``torch.save`` that leaves either the old file or the complete new one, never a part.
 
     Raises:
+        FileExistsError: there is a file that this program did not write.
         OSError: the folder cannot be written or the disk is full; an existing file is kept.
     """
 
@@ -83,12 +84,12 @@ def atomic_save(obj: Any, path: str | os.PathLike) -> None:
         try:
             torch.save(obj, temporary)
         except (RuntimeError, OSError) as error:  # torch's zip writer reports a failed write as a RuntimeError
-            free_mb = shutil.disk_usage(Path(path).parent).free / 1e6
+            free_mb = shutil.disk_usage(Path(temporary).parent).free / 1e6
             raise OSError(
                 f"could not write {path}: is the disk full ({free_mb:.0f} MB free)? What was there before is kept"
             ) from error
 
-    write_atomically(path, save)
+    write_output(path, save)
 
 
 def authors_key(key: str, stages: int) -> str:
@@ -246,7 +247,8 @@ def convert(source: str, output: str, *, allow_pickle: bool = False, overwrite: 
         allow_pickle: unpickle objects in the source; only for files whose origin you trust.
         overwrite: replace an existing output.
     """
-    target = _new_file(output, overwrite)
+    target = Path(output)
+    check_file(target, flag(overwrite), "--output")
     content = read_checkpoint(source, allow_pickle=flag(allow_pickle))
     network = network_from_state(from_authors(content, source), str(source))
     atomic_save(network.state_dict(), target)
@@ -284,7 +286,8 @@ def export(source: str, output: str, *, overwrite: bool = False) -> None:
         output: where to write the ``.ckpt`` file.
         overwrite: replace an existing output.
     """
-    target = _new_file(output, overwrite)
+    target = Path(output)
+    check_file(target, flag(overwrite), "--output")
     network = load_network(source)
     atomic_save(to_authors(network), target)
     print(f"{target}: {_size_text(network)}, authors' layout")
@@ -337,7 +340,8 @@ def compact(
     """
     from monai.utils import ensure_tuple, ensure_tuple_rep
 
-    target = _new_file(output, overwrite)
+    target = Path(output)
+    check_file(target, flag(overwrite), "--output")
     name, (state, *others) = str(source), [load_state(path) for path in ensure_tuple(source)]
     for other in others:
         if {key: value.shape for key, value in other.items()} != {key: value.shape for key, value in state.items()}:
@@ -370,7 +374,8 @@ def download(output: str = "models/neuroverse3d.pt", *, overwrite: bool = False,
     """
     from monai.apps.utils import download_url
 
-    target = _new_file(output, overwrite)
+    target = Path(output)
+    check_file(target, flag(overwrite), "--output")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "neuroverse3D.ckpt"
         try:
@@ -421,13 +426,6 @@ def _authors_widths(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "convs_per_block": len(convs),
         "spatial_size": AUTHORS_GRID,
     }
-
-
-def _new_file(path: str, overwrite: bool) -> Path:
-    target = Path(path)
-    if target.exists() and not flag(overwrite):
-        raise FileExistsError(f"{target} exists: give another --output or --overwrite")
-    return target
 
 
 def _size_text(network: Neuroverse3D) -> str:

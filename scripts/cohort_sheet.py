@@ -16,6 +16,7 @@ from tqdm import trange
 from scripts.data.label_map_anatomy import LabelMaps
 from scripts.data.synthesis import synthesize_cohort
 from scripts.options import flag, normalise
+from scripts.output_folder import check_file
 from scripts.pictures import GroupView, contact_sheet, group_figure, save_png
 
 _SIDE_PX = 1200
@@ -48,8 +49,7 @@ def cohort_sheet(
         overwrite: replace the file.
     """
     path = Path(output_file)
-    if path.exists() and not flag(overwrite):
-        raise FileExistsError(f"{path} exists: give another --output_file or --overwrite true")
+    check_file(path, flag(overwrite), "--output_file")
     maps = None
     if label_maps is not None:
         maps = LabelMaps(normalise("label_maps", label_maps), normalise("held_out_maps", held_out_maps) or ())
@@ -61,7 +61,6 @@ def cohort_sheet(
         view = GroupView(", ".join(cohort.names), cohort.images[:, 0], cohort.labels[:, 0])
         names = [f"subject {subject + 1}" for subject in range(subjects)]
         figures.append(group_figure([view], names, generation=False, title=f"cohort {number}"))
-    path.parent.mkdir(parents=True, exist_ok=True)
     sheet = contact_sheet(figures)
     sheet.thumbnail((_SIDE_PX, _SIDE_PX), Image.Resampling.LANCZOS)
     save_png(sheet.quantize(64), path)

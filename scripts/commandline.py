@@ -88,9 +88,10 @@ def config_as_run() -> dict[str, Any]:
 
 
 def options_as_run() -> dict[str, Any]:
-    """The running workflow's options with their values, expressions worked out."""
+    """The running workflow's options with their values, expressions worked out, and what else was given to it."""
     parser = _running_parser()
-    return {name: parser.get_parsed_content(name) for name in OPTIONS if name in parser.config}
+    given = {name: value for name, value in getattr(parser.ref_resolver, "given", {}).items() if "::" in name}
+    return {name: parser.get_parsed_content(name) for name in OPTIONS if name in parser.config} | given
 
 
 def install_one_line_errors(debug: bool) -> None:

@@ -231,14 +231,14 @@ class ConfidentInferer(Inferer):
         tried = ((), *((axis,) for axis in AXES))
         predictor, dice = self.predictor, {axes: [] for axes in tried}
         tested = held_out(predictor.context, predictor.label_values, FLIP_TESTED, "mirroring", self.progress)
-        for _, image, label, labels in tested:
+        for _, image, label, counted, labels in tested:
             target = predictor.target(image)
             predictor.prepare_views(target)
             members = predictor.members_of(target)
             for axes in tried:
                 parts = predictor.parts(target, mirrored(predictor.network, axes), members)
                 winners = [winning_label(mixed(part, predictor.share)) for part in parts]
-                found = dice_in_views(target.views, winners, label)
+                found = dice_in_views(target.views, winners, label, counted)
                 dice[axes].append(np.mean([found[value] for value in labels]))
         means = {axes: float(np.mean(found)) if found else float("nan") for axes, found in dice.items()}
         harmless = tuple(axis for axis in AXES if means[axis,] >= means[()] - FLIP_LOSS)
@@ -257,7 +257,7 @@ class ConfidentInferer(Inferer):
         names: list[str] = []
         dice: dict[float, list[dict[int, float]]] = {share: [] for share in shares}
         agreements: dict[float, list[dict[int, float]]] = {share: [] for share in shares}
-        for number, image, label, labels in held_out(predictor.context, predictor.label_values, progress=self.progress):
+        for number, image, label, counted, labels in held_out(predictor.context, predictor.label_values, progress=self.progress):
             target = predictor.target(image)
             predictor.prepare_views(target)
             network = predictor.network
@@ -267,7 +267,7 @@ class ConfidentInferer(Inferer):
             for share in shares:
                 scores = [[mixed(part, share) for part in parts] for parts in by_member]
                 mean, agreement = _combined(target, scores)
-                found = dice_in_views(target.views, [winning_label(view) for view in mean], label)
+                found = dice_in_views(target.views, [winning_label(view) for view in mean], label, counted)
                 dice[share].append({value: found[value] for value in labels})
                 agreements[share].append(agreement)
         if not names:

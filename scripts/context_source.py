@@ -15,7 +15,7 @@ from scripts.data.example_pairs import context_cases, folder_cases, listed_cases
 from scripts.data.integrity import examine
 from scripts.data.nnunet import Case, DatasetError
 from scripts.data.preprocessing import Preprocessing, fit_spacing
-from scripts.data.volumes import load_volume
+from scripts.data.volumes import load_exact, load_volume
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,15 @@ def load_contexts(
     """
     preprocessing = Preprocessing(spatial_size, spacing or fit_spacing(candidates, spatial_size))
     examples = [
-        Example(c["case"], c["image"], c.get("output") or c["label"], c["image_digest"], c["digest"]) for c in chosen
+        Example(
+            case["case"],
+            case["image"],
+            case.get("output") or case["label"],
+            case["image_digest"],
+            case["digest"],
+            tuple(digest for digest in case.get("kin", ()) if digest != case["image_digest"]),
+        )
+        for case in chosen
     ]
     known = _known_values(chosen[0])
     return ContextSet(examples, preprocessing, "output" in chosen[0], similar, known, record, notes)
@@ -93,13 +101,17 @@ def gather_contexts(
     kind = "output" if generation else "label"
     examples, cases, notes, first_of = [], [], [], {}
     for name, pair in zip(names, pairs, strict=True):
-        image, answer = (load_volume(v) if isinstance(v, str) else v for v in pair)
+        image, answer = pair
+        image = load_volume(image) if isinstance(image, str) else image
+        answer = (load_volume if generation else load_exact)(answer) if isinstance(answer, str) else answer
         case = examine(image, answer, kind)
         if case["problems"]:
             raise ValueError(f"{name}: {'; '.join(case['problems'])}")
         first = first_of.setdefault(case["image_digest"], name)
         if len(first_of) == len(cases):
             notes.append(f"{name} is the same image as {first}")
+        if case["reordered"]:
+            notes.append(f"{name}: its {kind} is stored along other axes than its image: reordered, without loss")
         cases.append(case)
         examples.append(Example(name, *pair, case["image_digest"], case["digest"]))
     empty = [] if generation else [e.name for e, case in zip(examples, cases, strict=True) if not case["values"]]
@@ -124,7 +136,7 @@ class ContextSource:
         channel: image channel.
         label_channel: generation: channel of the wanted output.
         selection: ``random``, ``first`` or ``similar``, when there are more pairs.
-        split_file: take pairs only from its training part.
+        split_file: take pairs only from its training part; none serves a target of its own subject.
         spacing: voxel size in mm; None fits the largest candidate into the grid.
         skip_bad_cases: leave faulty pairs out instead of raising.
         record: where to remember what was found in the files.
@@ -133,6 +145,8 @@ class ContextSource:
         labels: paths of their labels (for generation: of the wanted outputs), or one folder of them.
         context_file: JSON list of pairs.
         similar_record: where to remember what is compared with targets.
+        fold: of nnU-Net's ``splits_final.json``.
+        subject_pattern: regular expression that finds the subject in a case's name.
 
     Raises:
         ValueError: a senseless ``context_size``, or pairs given in several ways.
@@ -155,6 +169,8 @@ class ContextSource:
         labels: Sequence[str] | None = None,
         context_file: str | None = None,
         similar_record: str | None = None,
+        fold: int | None = None,
+        subject_pattern: str | None = None,
     ) -> None:
         if not isinstance(context_size, int) or context_size < 1:
             raise ValueError(f"--context_size must be one number of at least 1 for inference, got {context_size}")
@@ -178,6 +194,8 @@ class ContextSource:
         self.labels = labels
         self.context_file = context_file
         self.similar_record = similar_record
+        self.fold = fold
+        self.subject_pattern = subject_pattern
 
     def __call__(self) -> ContextSet:
         """Find, check, choose and read the pairs.
@@ -234,6 +252,7 @@ class ContextSource:
                 )
             return folder_cases(images[0], labels[0], self.channel, self.label_channel, **checks)
         if self.context_dir is not None:
+            checks |= {"fold": self.fold, "subject_pattern": self.subject_pattern}
             return context_cases(self.context_dir, self.channel, self.label_channel, self.split_file, **checks)
         raise ValueError(
             "no contexts: give --context_dir, an nnU-Net dataset folder with example pairs, or --context_images "

@@ -22,9 +22,10 @@ from monai.data import MetaTensor
 from torch import Tensor
 from tqdm import tqdm
 
-from scripts.atomic import write_json
+from scripts.data.label_numbers import count_labels
 from scripts.data.preprocessing import Preprocessing
-from scripts.data.volumes import load_volume
+from scripts.data.records import read_record, write_record
+from scripts.data.volumes import load_pair
 from scripts.thumbnails import correlation, thumbnail
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class Example:
         answer: the same for its label map; for generation the wanted output.
         image_digest: recognises the scan (``volume_digest``).
         digest: changes with anything in either volume.
+        kin: ``image_digest`` of scans of the same subject that it is not to serve; they need not be in the set.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Example:
     answer: str | MetaTensor
     image_digest: str
     digest: str
+    kin: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,11 @@ class ContextSet:
         pair_bytes = 5 * int(np.prod(preprocessing.spatial_size))  # float32 image, uint8 labels
         self._on_grid = _LastUsed(self._read, max(all_at_once, _CACHE_BYTES // pair_bytes))
 
+    @property
+    def files(self) -> list[str]:
+        """Files that the pairs come from."""
+        return [part for e in self._examples for part in (e.image, e.answer) if not isinstance(part, MetaTensor)]
+
     def __len__(self) -> int:
         """L."""
         return len(self.names)
@@ -177,12 +185,29 @@ class ContextSet:
             numbers: which, in this order; None for all.
 
         Returns:
-            Images ``(n, 1, H, W, D)`` in [0, 1] (float32) and answers of the same shape: label numbers (int32), or
-            for generation the wanted outputs in [0, 1]. Host memory.
+            Images ``(n, 1, H, W, D)`` in [0, 1] (float32) and answers of the same shape: label numbers (int32, or
+            int64 where they need it), or for generation the wanted outputs in [0, 1]. Host memory.
         """
         found = [self._on_grid(i)[:2] for i in (range(len(self)) if numbers is None else numbers)]
-        kind = torch.float32 if self.generation else torch.int32
-        return torch.stack([image for image, _ in found]), torch.stack([answer.to(kind) for _, answer in found])
+        images = torch.stack([image for image, _ in found])
+        if self.generation:
+            return images, torch.stack([answer.float() for _, answer in found])
+        kind = torch.int64 if any(answer.dtype == torch.int64 for _, answer in found) else torch.int32
+        return images, torch.stack([self._of_classes(answer).to(kind) for _, answer in found])
+
+    def counted(self, number: int) -> Tensor:
+        """Where a pair's label map counts, on the grid: not where it has a value of no class (nnU-Net's "ignore").
+
+        Args:
+            number: of the pair.
+
+        Returns:
+            ``(1, H, W, D)`` boolean; True everywhere for generation.
+        """
+        answer = self._on_grid(number)[1]
+        if self.generation:
+            return torch.ones_like(answer, dtype=torch.bool)
+        return (answer == 0) | (self._of_classes(answer) > 0)
 
     def episode(self, numbers: Sequence[int], value: int) -> tuple[Tensor, Tensor]:
         """Some pairs as the network takes them for one label.
@@ -204,16 +229,30 @@ class ContextSet:
             number: of the pair.
 
         Returns:
-            Both ``(1, H, W, D)`` float32 with their affines; arrays as they were given, not copies of them.
+            Both ``(1, H, W, D)`` on the same voxels, with their affines: float32, of a label map integers. Arrays as
+            they were given, not copies of them.
 
         Raises:
-            VolumeError: a file can no longer be read.
+            VolumeError: a file can no longer be read, or has been replaced.
         """
+        image, answer = self._pair(number)
+        return image, answer if self.generation else self._of_classes(answer)
+
+    def counted_native(self, number: int) -> tuple[MetaTensor, MetaTensor, Tensor]:
+        """As :meth:`native`, and where the label map counts ``(1, H, W, D)``, see :meth:`counted`."""
+        image, answer = self._pair(number)
+        known = self._of_classes(answer)
+        return image, known, (answer == 0) | (known > 0)
+
+    def _pair(self, number: int) -> tuple[MetaTensor, MetaTensor]:
         example = self._examples[number]
-        image, answer = (load_volume(v) if isinstance(v, str) else v for v in (example.image, example.answer))
-        if self._known_values is not None and not self.generation:
-            answer = answer * torch.isin(answer, self._known_values.to(answer.dtype))
-        return image, answer
+        return load_pair(example.image, example.answer, not self.generation, example.digest)
+
+    def _of_classes(self, numbers: Tensor) -> Tensor:
+        """Label numbers with those of no class made background."""
+        if self._known_values is None:
+            return numbers
+        return numbers.masked_fill(~torch.isin(numbers.long(), self._known_values), 0)
 
     def take_over(self, other: ContextSet) -> dict[int, int]:
         """Take pairs on the grid from another set that has read them, so that they are not read again.
@@ -236,9 +275,11 @@ class ContextSet:
         return same
 
     def _read(self, number: int) -> tuple[Tensor, Tensor, tuple[float, float]]:
-        image, answer = self.native(number)
+        image, answer = self._pair(number)
         if not self.generation:
-            return *self.preprocessing.pair(image, answer), (0.0, 1.0)
+            known = self._known_numbers()
+            ignored = [] if known is None else set(count_labels(answer.as_tensor())).difference(known)
+            return *self.preprocessing.pair(image, answer, ignored=ignored), (0.0, 1.0)
         bounds = self.preprocessing.intensity_range(image, answer)
         return *self.preprocessing.image_pair(image, answer), bounds
 
@@ -254,7 +295,7 @@ class ContextSet:
 
     @cached_property
     def _facts(self) -> list[_Facts]:
-        known = _read_record(self._record)
+        known = {key: _Facts.from_json(facts) for key, facts in read_record(self._record).items()}
         settings = [self.preprocessing.fingerprint, self.generation, self._known_numbers()]
         keys = [hashlib.sha256(json.dumps([e.digest, *settings]).encode()).hexdigest() for e in self._examples]
         new = [i for i, key in enumerate(keys) if key not in known]
@@ -268,12 +309,12 @@ class ContextSet:
             seconds = time.monotonic() - started
             logger.info("looked at %d contexts in %.1f s; %d were known", len(new), seconds, len(keys) - len(new))
         if self._record is not None and new:
-            write_json({key: facts.to_json() for key, facts in known.items()}, self._record)
+            write_record({key: facts.to_json() for key, facts in known.items()}, self._record)
         return [known[key] for key in keys]
 
     def _look_at(self, number: int) -> _Facts:
         image, answer, bounds = self._on_grid(number)
-        values = () if self.generation else tuple(int(v) for v in torch.unique(answer) if v > 0)
+        values = () if self.generation else tuple(count_labels(self._of_classes(answer)))
         return _Facts(values, bounds, thumbnail(image, self.preprocessing.spatial_size))
 
     @property
@@ -295,7 +336,8 @@ class ContextSet:
     def fingerprint(self) -> str:
         """Text that changes with the pairs, the grid, or how a target's contexts are chosen."""
         facts = [self.preprocessing.fingerprint, self.generation, self._similar, self._known_numbers()]
-        return json.dumps([*facts, [example.digest for example in self._examples]])
+        kin = [sorted(example.kin) for example in self._examples]
+        return json.dumps([*facts, [example.digest for example in self._examples], *([kin] if any(kin) else [])])
 
     def _known_numbers(self) -> list[int] | None:
         return None if self._known_values is None else self._known_values.tolist()
@@ -325,6 +367,10 @@ class ContextSet:
     def same_image(self, digest: str) -> list[int]:
         """Numbers of the pairs with this very scan: a target is never its own context."""
         return [i for i, known in enumerate(self.digests) if known == digest]
+
+    def of_same_subject(self, digest: str) -> list[int]:
+        """Numbers of the pairs that a target may not have as contexts: this very scan, and others of its subject."""
+        return [i for i, e in enumerate(self._examples) if digest == e.image_digest or digest in e.kin]
 
     @cached_property
     def _thumbnails(self) -> Tensor:
@@ -375,13 +421,3 @@ def listing(names: Sequence[str], shown: int = NAMES_SHOWN) -> str:
     """Names for a message, the first few if there are many."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more if names else "nothing"
-
-
-def _read_record(path: str | Path | None) -> dict[str, _Facts]:
-    if path is None or not Path(path).is_file():
-        return {}
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {key: _Facts.from_json(facts) for key, facts in content.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return {}  # damaged: every pair is looked at again

@@ -10,7 +10,6 @@ The dataset serves as targets and contexts of ``inference.json`` (``--task gener
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -23,15 +22,14 @@ from monai.data import MetaTensor
 from monai.transforms import ScaleIntensityRangePercentiles
 from tqdm import tqdm
 
-from scripts.atomic import put_folder_in_place, write_json
+from scripts.atomic import write_json
 from scripts.data.integrity import inspect_cases, sound_cases
 from scripts.data.nnunet import Case, find_targets
 from scripts.data.preprocessing import PERCENTILES
 from scripts.data.tasks import Corruption, Setting, find_task
 from scripts.data.volumes import load_volume
 from scripts.options import flag, normalise
-
-_MARK = "corruption"  # the entry of dataset.json by which a dataset of this program is known
+from scripts.output_folder import check_folder, put_folder_in_place
 
 
 def corrupt(
@@ -83,16 +81,7 @@ def corrupt(
 def _check_place(folder: Path, source: Path, overwrite: bool) -> None:
     if folder.resolve() in (source.resolve(), *source.resolve().parents):
         raise ValueError(f"--output_dir {folder} holds the clean images: give another folder")
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not overwrite:
-        raise FileExistsError(f"{folder} exists: give another --output_dir or --overwrite true")
-    try:
-        ours = _MARK in json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        ours = False
-    if not ours:
-        raise FileExistsError(f"{folder} was not made by scripts.corrupt, so it stays: give another --output_dir")
+    check_folder(folder, overwrite)
 
 
 def _write_dataset(
@@ -116,7 +105,7 @@ def _write_dataset(
         "labels": {"background": 0},
         "numTraining": len(cases),
         "file_ending": ".nii.gz",
-        _MARK: {"task": task.name, "setting": setting, "seed": seed},
+        "corruption": {"task": task.name, "setting": setting, "seed": seed},
     }
     write_json(description, folder / "dataset.json")
 

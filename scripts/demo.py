@@ -21,8 +21,8 @@ from pathlib import Path
 
 from scripts.data.synthesis import check_range
 from scripts.options import flag
+from scripts.output_folder import OutputFolder, foreign_files
 
-_MARKER = ".demo"
 _COHORT = "--cohorts 1 --num_labels 1 --spatial_size 48 --spacing_mm 2 --spread 0.3 --seed 11"
 GRID = "--spatial_size 32"
 """Of the scans' shape, and quicker than the weights' own grid."""
@@ -43,13 +43,15 @@ def demo(output_dir: str = "demo_output", subjects: int = 12, overwrite: bool = 
     check_range("subjects", subjects, 2)  # one to segment and one to show
     folder = Path(output_dir)
     if folder.exists() and any(folder.iterdir()):
-        if not (folder / _MARKER).is_file():
-            raise FileExistsError(f"{folder} holds something that is not a demo: give another --output_dir")
+        if foreign := foreign_files(folder):
+            raise FileExistsError(
+                f"{folder} holds something that is not a demo's, or was changed since, such as {foreign[0].name}: give "
+                "another --output_dir"
+            )
         if not flag(overwrite):
             raise FileExistsError(f"{folder} holds an earlier demo: give another --output_dir or --overwrite true")
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _MARKER).touch()
+    OutputFolder(folder).open()
     started = time.monotonic()
     quoted, data = shlex.quote(str(folder)), shlex.quote(str(folder / "data"))
     _run("scripts.synthesize", f"{_COHORT} --subjects {subjects} --output_dir {data}")

@@ -18,7 +18,7 @@ from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 
 from scripts.data.augmentation import NO_GIN
-from scripts.data.episodes import as_episode
+from scripts.data.episodes import IGNORED, as_episode
 from scripts.data.label_decision import MASK_THRESHOLD
 
 
@@ -70,6 +70,20 @@ def episode_scores(pred: Tensor, label: Tensor, generation: Tensor) -> dict[str,
     if generation.any():
         scores["psnr"] = PSNRMetric(max_val=1.0)(pred[generation], label[generation]).mean()
     return scores
+
+
+def leave_out_ignored(group: Mapping[str, Any], pred: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Prediction and wanted output, both 0 where the output is :data:`IGNORED`: any loss and score is of the rest.
+
+    Args:
+        group: a batch; without ``ignores`` nothing is ignored.
+        pred: ``(B, K, H, W, D)``.
+        label: the same shape.
+    """
+    if "ignores" not in group or not group["ignores"].any():
+        return pred, label
+    ignored = label == IGNORED
+    return pred.masked_fill(ignored, 0), label.masked_fill(ignored, 0)
 
 
 class GroupTrainer(SupervisedTrainer):
@@ -129,6 +143,8 @@ class GroupTrainer(SupervisedTrainer):
         pause = not self.steps_now and hasattr(self.network, "no_sync")  # ranks exchange gradients before steps only
         with self.network.no_sync() if pause else contextlib.nullcontext():
             output[Keys.PRED] = self.inferer(inputs, self.network, *args, **kwargs)
+            output[Keys.PRED], label = leave_out_ignored(batchdata, output[Keys.PRED], label)
+            output[Keys.LABEL] = label
             self.fire_event(IterationEvents.FORWARD_COMPLETED)
             weight = batchdata["loss_weight"]
             weighted = {} if (weight == 1).all() else {"group_weight": weight.to(label.device)}  # any loss will do then
@@ -162,6 +178,7 @@ class EpisodeEvaluator(SupervisedEvaluator):
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict[str, Any]:
         output = super()._iteration(engine, batchdata)
+        output[Keys.PRED], output[Keys.LABEL] = leave_out_ignored(batchdata, output[Keys.PRED], output[Keys.LABEL])
         output |= episode_scores(output[Keys.PRED], output[Keys.LABEL], batchdata["generation"])
         return output
 

@@ -1,14 +1,13 @@
 """Score predictions against references: ``metrics.csv``, ``summary.json`` and a table.
 
 Segmentation: Dice, HD95 (the larger of the two directed 95th percentiles of the surface distance, in mm), NSD
-(share of both surfaces that lies within 1 mm of the other) and volumes, per case and label. Generation: PSNR,
-SSIM and MAE per case, both with the reference's own intensity range. All values come from ``monai.metrics``.
+(share of both surfaces that lies within 1 mm of the other) and volumes, per case and label. Voxels that the reference
+says to ignore are left out: both masks are empty there. Surfaces of one slice are outlines in its plane. Generation:
+PSNR, SSIM and MAE per case, both with the reference's own intensity range. All values come from ``monai.metrics``.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import re
 import warnings
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing
 from monai.metrics import (
     MAEMetric,
@@ -32,8 +32,12 @@ from scipy.ndimage import find_objects
 from scipy.stats import bootstrap
 from tqdm import tqdm
 
-from scripts.atomic import write_json, write_text
-from scripts.data.volumes import AFFINE_TOLERANCE_MM, ENDINGS, load_volume, strip_ending
+from scripts.data.files import image_files
+from scripts.data.grids import grid_difference, on_axes_of
+from scripts.data.label_numbers import count_labels
+from scripts.data.nnunet import ignored_labels
+from scripts.data.volumes import ENDINGS, VolumeError, load_labels, load_volume, strip_ending
+from scripts.output_folder import check_file, write_csv, write_json
 
 METRICS = {"segmentation": ("dice", "hd95_mm", "nsd_1mm"), "generation": ("psnr_db", "ssim", "mae")}
 VOLUMES = ("reference_volume_mm3", "predicted_volume_mm3")
@@ -59,11 +63,13 @@ class Evaluation:
         labels: label values to score; by default every value above 0 found in any file.
         num_bootstrap: resamples behind each 95 % interval.
         seed: of the bootstrap.
-        overwrite: replace an earlier evaluation in ``output_dir``.
+        overwrite: replace an earlier evaluation of this program in ``output_dir``.
         progress: show a progress bar over the cases.
         prediction_channel: read only the files ``CASE_000k`` of this channel k from ``prediction_dir``, as in an
             nnU-Net ``imagesTr``; the suffix is no part of the case's name then.
         reference_channel: the same for ``reference_dir``.
+        ignore_label: value of the references' voxels that are not scored; None takes what ``"ignore"`` is in the
+            ``dataset.json`` beside the references or one folder up, as nnU-Net has it, if there is any.
 
     Raises:
         ValueError: an unknown task, labels that are not positive integers, or a channel that is none.
@@ -82,6 +88,7 @@ class Evaluation:
         progress: bool = True,
         prediction_channel: int | None = None,
         reference_channel: int | None = None,
+        ignore_label: int | None = None,
     ) -> None:
         if task not in METRICS:
             raise ValueError(f"task is {task!r}: give one of {', '.join(METRICS)}")
@@ -91,6 +98,7 @@ class Evaluation:
         self.labels = None if labels is None else sorted({int(n) for n in np.atleast_1d(labels)})
         if self.labels is not None and (not self.labels or self.labels[0] < 1):
             raise ValueError(f"labels is {labels}: give positive integers, or leave it out to score every label found")
+        self.ignore_label = ignore_label
         self.num_bootstrap, self.seed = int(num_bootstrap), int(seed)
         self.overwrite, self.progress = overwrite, progress
         self.prediction_channel, self.reference_channel = prediction_channel, reference_channel
@@ -116,8 +124,10 @@ class Evaluation:
         if self.prediction_dir is None or self.reference_dir is None:
             raise ValueError("give --prediction_dir and --reference_dir, folders with one file per case")
         table_file, summary_file = self.output_dir / "metrics.csv", self.output_dir / "summary.json"
-        if table_file.exists() and not self.overwrite:
-            raise FileExistsError(f"{table_file} exists: give another --output_dir or --overwrite true")
+        for file in (table_file, summary_file):
+            check_file(file, self.overwrite or file == summary_file, "--output_dir")
+        self._ignored = self._ignored_labels()
+        self._reordered: list[str] = []
         pairs, labels, unused = self._pair_and_check()
         self.output_dir.mkdir(parents=True, exist_ok=True)
         rows: list[dict[str, Any]] = []
@@ -127,13 +137,24 @@ class Evaluation:
         if self.task == "segmentation":
             summary["labels"] = {str(n): self._statistics([r for r in rows if r["label"] == n]) for n in labels}
         summary |= {"mean": self._statistics(rows), "references_without_prediction": unused}
+        if self._ignored:
+            summary["ignored_labels"] = sorted(self._ignored)
 
         write_json(summary, summary_file)
-        write_text(_csv_text(rows), table_file)  # last: where it is, the evaluation is complete
+        # last: where it is, the evaluation is complete
+        write_csv(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows], table_file)
         print(_table_text(summary))
         if unused:
             have = "reference has" if len(unused) == 1 else "references have"
-            print(f"{len(unused)} {have} no prediction: {', '.join(unused[:5])}{' ...' * (len(unused) > 5)}")
+            print(f"{len(unused)} {have} no prediction: {_listed(unused)}")
+        if self._ignored:
+            print(
+                f"not scored: voxels of the references with label {', '.join(map(str, sorted(self._ignored)))} (ignore)"
+            )
+        if self._reordered:
+            print(
+                f"stored along other axes than their references, and reordered without loss: {_listed(self._reordered)}"
+            )
         print(f"written: {table_file} and {summary_file}")
         return summary
 
@@ -161,7 +182,7 @@ class Evaluation:
             else:
                 pairs[case] = (paths[0], matches[0])
                 try:
-                    found |= self._check(*pairs[case])
+                    found |= self._check(case, *pairs[case])
                 except ValueError as error:
                     faults.append(f"{case}: {error}")
         if faults:
@@ -178,35 +199,63 @@ class Evaluation:
         channel = re.compile(re.escape(case) + r"_\d{4}")
         return [path for name, paths in references.items() if channel.fullmatch(name) for path in paths]
 
-    def _check(self, prediction_file: Path, reference_file: Path) -> set[int]:
-        """Labels of a pair; ValueError if it cannot be compared."""
-        prediction, affine = self._read(prediction_file)
-        reference, reference_affine = self._read(reference_file)
-        if prediction.shape != reference.shape:
-            raise ValueError(f"shape {prediction.shape} differs from the reference's {reference.shape}")
-        if not np.allclose(affine, reference_affine, atol=AFFINE_TOLERANCE_MM):
-            difference = np.abs(affine - reference_affine).max()
-            raise ValueError(f"affine differs from the reference's by up to {difference:.3g} mm")
-        return _labels_in(prediction) | _labels_in(reference) if self.task == "segmentation" else set()
+    def _ignored_labels(self) -> set[int]:
+        if self.task != "segmentation":
+            return set()
+        if self.ignore_label is not None:
+            ignored = {int(self.ignore_label)}
+        else:
+            described = [
+                folder / "dataset.json" for folder in (self.reference_dir, self.reference_dir.absolute().parent)
+            ]
+            ignored = next((ignored_labels(path) for path in described if path.is_file()), set())
+        if both := sorted(ignored.intersection(self.labels or ())):
+            raise ValueError(
+                f"labels {both} are to be ignored: leave them out of --labels, or give --ignore_label another"
+            )
+        return ignored
 
-    def _read(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
-        """3D volume (int32 for segmentation, else float32) and its 4x4 affine in RAS mm."""
-        loaded = load_volume(path)
-        volume, affine = loaded[0].numpy(), np.asarray(loaded.affine, dtype=float)
-        if not np.isfinite(volume).all():
-            raise ValueError(f"{path.name} holds NaN or infinite values")
+    def _check(self, case: str, prediction_file: Path, reference_file: Path) -> set[int]:
+        """Labels of a pair; ValueError if it cannot be compared."""
+        prediction, reference, reordered = self._read_pair(prediction_file, reference_file)
+        if reordered:
+            self._reordered.append(case)
         if self.task == "generation":
-            return volume, affine
-        labels = np.rint(volume)
-        if not np.allclose(volume, labels, rtol=0, atol=1e-3):
-            raise ValueError(f"{path.name} holds values between the integers, so it is no label map")
-        return labels.astype(np.int32), affine
+            return set()
+        return {n for volume in (prediction, reference) for n in count_labels(volume.as_tensor())} - self._ignored
+
+    def _read_pair(self, prediction_file: Path, reference_file: Path) -> tuple[MetaTensor, MetaTensor, bool]:
+        """Both ``(1, H, W, D)`` on the reference's voxels; and whether the prediction was reordered for it."""
+        stored, reference = (self._read(path) for path in (prediction_file, reference_file))
+        prediction = on_axes_of(stored, reference)
+        if difference := grid_difference(prediction, reference):
+            what, _, facts = difference.removeprefix("in ").partition(": ")
+            if what == "shape":
+                shape, wanted = (tuple(v.shape[1:]) for v in (prediction, reference))
+                raise ValueError(f"shape {shape} differs from the reference's {wanted}")
+            raise ValueError(f"{what} differs from the reference's: {facts}")
+        return prediction, reference, prediction is not stored
+
+    def _read(self, path: Path) -> MetaTensor:
+        if self.task == "segmentation":
+            try:
+                return load_labels(path)
+            except VolumeError as error:
+                raise ValueError(f"{path.name} {error.reason}") from error
+        volume = load_volume(path)
+        if not np.isfinite(volume.numpy()).all():
+            raise ValueError(f"{path.name} holds NaN or infinite values")
+        return volume
 
     def _score(self, case: str, prediction_file: Path, reference_file: Path, labels: list[int]) -> list[dict[str, Any]]:
-        prediction, _ = self._read(prediction_file)
-        reference, affine = self._read(reference_file)
+        both = self._read_pair(prediction_file, reference_file)[:2]
+        prediction, reference = (volume[0].as_tensor().numpy() for volume in both)
         if self.task == "generation":
             return [{"case": case} | generation_metrics(prediction, reference)]
+        if self._ignored:
+            ignored = np.isin(reference, list(self._ignored))
+            prediction, reference = (np.where(ignored, 0, volume) for volume in (prediction, reference))
+        affine = np.asarray(both[1].affine, dtype=float)
         return [
             {"case": case, "label": n} | segmentation_metrics(prediction == n, reference == n, affine) for n in labels
         ]
@@ -252,7 +301,12 @@ def segmentation_metrics(prediction: np.ndarray, reference: np.ndarray, affine: 
         # the masks' common box gives the same values, much faster on a large scan: MONAI pads what it is given
         box = find_objects((prediction | reference).astype(np.uint8))[0]
         masks = [torch.from_numpy(np.ascontiguousarray(m[box]))[None, None] for m in (prediction, reference)]
-        on_surface = {"include_background": True, "spacing": affine_to_spacing(affine).tolist()}
+        spacing = affine_to_spacing(affine)
+        if 1 in prediction.shape:  # one slice: every voxel of it would lie on the surface of a 3D mask
+            (across,) = np.flatnonzero(np.array(prediction.shape) == 1)[:1]
+            masks = [mask.squeeze(2 + int(across)) for mask in masks]
+            spacing = np.delete(np.asarray(spacing), across)
+        on_surface = {"include_background": True, "spacing": np.asarray(spacing).tolist()}
         tolerance_mm = NSD_TOLERANCE_MM + ROUNDING_MM
         with warnings.catch_warnings():  # MONAI 1.6 uses an argument that it deprecates itself
             warnings.filterwarnings("ignore", message=".*always_return_as_numpy")
@@ -287,9 +341,9 @@ def _files_by_case(folder: Path, channel: int | None = None) -> dict[str, list[P
         raise FileNotFoundError(f"no folder {folder}: give --prediction_dir and --reference_dir existing folders")
     suffix = "" if channel is None else f"_{channel:04d}"
     files = defaultdict(list)
-    for path in sorted(folder.iterdir()):
+    for path in image_files(folder):
         name = strip_ending(path)
-        if name and name.endswith(suffix) and name != suffix and path.is_file():
+        if name.endswith(suffix) and name != suffix:
             files[name.removesuffix(suffix)].append(path)
     return dict(files)
 
@@ -298,25 +352,19 @@ def _of_channel(channel: int | None) -> str:
     return "" if channel is None else f" of channel {channel:04d}"
 
 
-def _labels_in(volume: np.ndarray) -> set[int]:
-    return {n for n, box in enumerate(find_objects(volume), start=1) if box}  # far faster than np.unique
+def _listed(names: Sequence[str]) -> str:
+    """The first names, for a message."""
+    return f"{', '.join(names[:5])}{' ...' * (len(names) > 5)}"
 
 
 def _rounded(value: float) -> float:
     return round(float(value), 6)  # MONAI computes in float32
 
 
-def _csv_text(rows: list[dict[str, Any]]) -> str:
-    def cell(value: str | int | float) -> str | int | float:
-        if not isinstance(value, float):
-            return value
-        return "" if np.isnan(value) else _rounded(value)
-
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
-    return text.getvalue()
+def _cell(value: str | int | float) -> str | int | float | None:
+    if not isinstance(value, float):
+        return value
+    return None if np.isnan(value) else _rounded(value)
 
 
 def _table_text(summary: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import math
 import os
@@ -22,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from scripts.data.episodes import as_episode
 from scripts.options import OPTIONS
+from scripts.output_folder import write_text
 from scripts.pictures import episode_figure
 
 logger = logging.getLogger(__name__)
@@ -97,17 +99,13 @@ class MetricsFile:
 
     def open(self, engine: Engine) -> None:
         """Write the header, or keep the rows up to the epoch that is resumed from."""
-        rows = []
+        self._rows: list[dict[str, Any]] = []
         if self.path.is_file():
             with self.path.open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= engine.state.epoch]
+                self._rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= engine.state.epoch]
         self._first_epoch = engine.state.epoch + 1
         self._run_started = time.monotonic()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.fields)
-            writer.writeheader()
-            writer.writerows(rows)
+        self._write()
 
     def note_time(self, engine: Engine) -> None:
         """Start of an epoch."""
@@ -123,8 +121,8 @@ class MetricsFile:
             "context_size": engine.state.batch["image"].shape[1] - 1,
             "seconds": round(now - self._started, 2),
         } | {name: round(float(metrics[name]), 6) for name in self.fields if name in metrics}
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.fields).writerow(row)
+        self._rows.append(row)
+        self._write()
         per_epoch = (now - self._run_started) / (engine.state.epoch - self._first_epoch + 1)
         left = per_epoch * (engine.state.max_epochs - engine.state.epoch)
         logger.info(
@@ -135,6 +133,13 @@ class MetricsFile:
             row["seconds"],
             _duration(left),
         )
+
+    def _write(self) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._rows)
+        write_text(text.getvalue(), self.path)
 
 
 def require_wandb() -> ModuleType:

@@ -8,11 +8,10 @@ import hashlib
 import json
 import logging
 import os
-import re
 import resource
-import shutil
 import tempfile
 import time
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -26,17 +25,20 @@ from monai.transforms import Orientation, generate_spatial_bounding_box
 from tqdm import tqdm
 
 from scripts.confidence import ConfidentInferer
-from scripts.data.collection import read_split
+from scripts.contexts import listing
+from scripts.data.files import image_files
 from scripts.data.integrity import inspect_cases
 from scripts.data.nnunet import Case, DatasetError, find_targets
 from scripts.data.preprocessing import RAS_LABELS
+from scripts.data.splits import read_split
 from scripts.data.volumes import load_volume
 from scripts.distributed import meet_processes
 from scripts.inferer import ICLInferer
-from scripts.manifest import file_sha256, write_manifest
+from scripts.manifest import MANIFEST, file_sha256, write_manifest
+from scripts.output_folder import STATE, OutputFolder, placed_here, signature
 from scripts.pictures import SHOWN_CONTEXTS, overlay_figure, save_png
 from scripts.probabilities import probability_folder
-from scripts.report_files import REPORT, ReportFiles, merge_shards, publish, remove_shards
+from scripts.report_files import REPORT, VOLUMES, ReportFiles, remove_shards
 from scripts.report_page import PAGE
 from scripts.shards import this_shard
 
@@ -45,7 +47,8 @@ logger = logging.getLogger(__name__)
 _PROBE_BYTES = 2**20
 _FOLDER_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 """What is wrong with the output folder rather than with a case."""
-_TEMPORARY = re.compile(r"\.(?P<case>.+)\.(?:nii\.gz|png)\.[^.]+(?:\.nii\.gz)?")
+_LOCKS = "inference-"
+_CORRECTED = "the answer was changed after it was written: kept as it is"
 _REASON_LENGTH = 300
 _SETTINGS = ("overlap", "mini_context_size", "amp", "refine")
 
@@ -54,8 +57,10 @@ class InferenceRun(Sequence[Case]):
     """The targets still to do, as the data of the run's dataset, and an Ignite handler that reports on them.
 
     A case that is already done is skipped only if its image, the contexts, the weights and the settings are the
-    same; results of anything else are never overwritten unasked. A target that fails is set aside with the reason,
-    and the run goes on.
+    same; results of anything else are never overwritten unasked, and what this program did not write is never
+    overwritten at all. A target that fails is set aside with the reason, and the run goes on.
+
+    Several runs with the same contexts, weights and settings may be at work in one folder at once.
 
     Files are looked into when their turn comes, so that a run over thousands of scans begins at once.
 
@@ -66,14 +71,15 @@ class InferenceRun(Sequence[Case]):
         checkpoint: weights file, for the fingerprint.
         channel: image channel in nnU-Net folders.
         split_file: run only on the cases of a part of this split.
-        target_split: which part.
+        target_split: which part; None takes ``test``, and of nnU-Net's ``splits_final.json`` ``val``.
         shard: ``"3/16"`` for the third of sixteen parts of the targets; None for all. Each of torchrun's processes
             takes its share of it.
         overlays: write a PNG per case.
         probabilities: the run also writes probability maps, without which a case is not done.
-        overwrite: replace results.
+        overwrite: replace results of this program.
         debug: log the traceback of a target that fails.
         confidence: the predictor that the run's engine calls, if it is to report what that finds.
+        fold: of nnU-Net's ``splits_final.json``.
     """
 
     def __init__(
@@ -84,14 +90,17 @@ class InferenceRun(Sequence[Case]):
         checkpoint: str,
         channel: int = 0,
         split_file: str | None = None,
-        target_split: str = "test",
+        target_split: str | None = None,
         shard: str | None = None,
         overlays: bool = True,
         probabilities: bool = False,
         overwrite: bool = False,
         debug: bool = False,
         confidence: ConfidentInferer | None = None,
+        fold: int | None = None,
     ) -> None:
+        if fold is not None and split_file is None:
+            raise ValueError("--fold goes with --split_file, nnU-Net's splits_final.json")
         self.dataset_dir = dataset_dir
         self.output_dir = Path(output_dir)
         self.inferer = inferer
@@ -105,8 +114,13 @@ class InferenceRun(Sequence[Case]):
         self.overwrite = overwrite
         self.debug = debug
         self.confidence = confidence
+        self.fold = fold
         self.report: dict[str, Any] = {}
         self._files = ReportFiles(self.output_dir, self.shard)
+        self._output = OutputFolder(self.output_dir)
+        self._at_work = contextlib.ExitStack()
+        self._before: dict[Path, Any] = {}
+        self._done = 0
         self._todo: list[Case] = []
         self._position = 0
         self._skipped = 0
@@ -139,15 +153,19 @@ class InferenceRun(Sequence[Case]):
         Raises:
             ValueError: no ``dataset_dir``.
             FileNotFoundError, DatasetError: no targets.
-            FileExistsError: results of other contexts, weights or settings are in the way.
+            FileExistsError: results of other contexts, weights or settings are in the way, or files that this program
+                did not write; or a run with others is at work in the folder.
             OSError: the output folder cannot be written.
         """
         if self.dataset_dir is None:
             raise ValueError("no targets: give --dataset_dir, a folder of images or one image")
         targets = self._find()
+        self._check_inputs([target["image"] for target in targets], targets)
         self._probe()
+        self._check_names(targets)
         weights = file_sha256(self.checkpoint)
         context = self.inferer.context
+        self._check_inputs([*context.files, self.checkpoint, self.split_file], targets)
         self.report = {
             "fingerprint": self._fingerprint(weights),
             "task": self.inferer.task,
@@ -166,15 +184,16 @@ class InferenceRun(Sequence[Case]):
             "failed": {},
         }
         # files are not looked into here: their digests are in the report when they are done
-        self._listing = [(target["case"], os.path.getsize(target["image"])) for target in targets]
+        self._listing = [(target["case"], (_file_facts(target["image"]) or {}).get("bytes")) for target in targets]
         self._listing.append(("contexts", context.fingerprint))
         mine = self.shard.of(targets)
+        alone = self._enter()
         self._set_aside(mine)
         self._skipped = len(mine) - len(self._todo)
         if self.confidence and self._todo:
             self_test = self.confidence.prepare(self.report.get("self_test"))
             self.report |= {} if self_test is None else {"self_test": self_test}
-        self._files.fold(self.report)
+        self._files.begin(self.report, {target["case"] for target in self._todo}, alone)
         part = "" if self.shard.count == 1 else f" of shard {self.shard}"
         logger.info(
             "%d targets%s, %d of them done already, labels %s",
@@ -204,9 +223,13 @@ class InferenceRun(Sequence[Case]):
             DatasetError: some targets could not be done.
             OSError: the output folder takes no more files.
         """
-        self.prepare()
-        if config is not None and self.shard.number == 1:
-            write_manifest(self.output_dir, config, options or {}, self._listing)
+        with self._at_work:
+            self.prepare()
+            if config is not None and self.shard.number == 1:
+                write_manifest(self.output_dir, config, options or {}, self._listing)
+            self._run(evaluator)
+
+    def _run(self, evaluator: Engine) -> None:
         self.inferer.on_label = self._show_label
         name = "inference" if self.shard.count == 1 else f"shard {self.shard}"
         try:
@@ -227,23 +250,23 @@ class InferenceRun(Sequence[Case]):
         """Write the final report, or this shard's, and say how it went."""
         self.report["finished"] = True
         failed = self.report["failed"]
-        new = len(self.report["cases"]) - self._skipped
         if self.shard.count == 1:
-            publish(self.report, self.output_dir)
-            remove_shards(self.output_dir)
+            self._files.publish(self.report)
+            if self._enter():
+                remove_shards(self.output_dir)
             where = f"{PAGE} and {REPORT} in {self.output_dir}"
         else:
             self._files.fold(self.report)
             where = f"shard {self.shard}, in {self.output_dir}"
             try:
-                publish(merge_shards(self.output_dir), self.output_dir)
+                self._files.publish_merged()
                 where += f", {PAGE} and {REPORT} of all shards"
             except FileNotFoundError:  # others are still at work
                 pass
             except ValueError as error:
                 logger.warning("the reports of the shards are not merged: %s", error)
         meet_processes()  # torchrun would end the others if this one ended with an error
-        logger.info("%d done, %d skipped, %d failed: %s", new, self._skipped, len(failed), where)
+        logger.info("%d done, %d skipped, %d failed: %s", self._done, self._skipped, len(failed), where)
         if failed:
             listing = "; ".join(f"{name}: {', '.join(why)}" for name, why in list(failed.items())[:5])
             more = f"; and {len(failed) - 5} more, in {self._files.path}" if len(failed) > 5 else ""
@@ -253,14 +276,12 @@ class InferenceRun(Sequence[Case]):
         """Take what is done from earlier reports, and the rest as what is to do.
 
         Raises:
-            FileExistsError: results of other contexts, weights or settings are in the way.
+            FileExistsError: results of other contexts, weights or settings are in the way, or files of others.
         """
+        self._output.remove_leftovers()
+        self._files.adopt_earlier_version()
         files = set(os.listdir(self.output_dir))
         names = {target["case"] for target in targets}
-        for file in files:  # left behind by a process that was killed
-            cut_off = _TEMPORARY.fullmatch(file)
-            if cut_off and cut_off["case"] in names:
-                (self.output_dir / file).unlink(missing_ok=True)
         earlier = [] if self.overwrite else list(self._files.earlier())
         done: dict[str, Any] = {}
         in_the_way = set()
@@ -276,23 +297,103 @@ class InferenceRun(Sequence[Case]):
         in_the_way |= self._changed([target for target in targets if target["case"] in known], done)
         if not self.overwrite and not same_run:  # else: written by this very run, which was cut short
             in_the_way |= written
+        corrected = {case for case in known if not self._output.wrote(self._answer(case))}  # a user's own work
+        for case in corrected:
+            warnings = [*done[case].get("warnings", ()), _CORRECTED]
+            done[case] |= {"warnings": list(dict.fromkeys(warnings))}
+        self._todo = [
+            {name: target[name] for name in ("image", "case", "folder_problems") if name in target}
+            for target in targets
+            if target["case"] not in corrected
+            and (target["case"] not in known or not self._complete(target["case"], files))
+        ]
+        todo = {target["case"] for target in self._todo}
+        self._output.check(*(path for case in todo | in_the_way for path in self._planned(case)), *self._pages())
+        self._before = {path: signature(path) for case in todo for path in self._planned(case)}
         if in_the_way:
             raise FileExistsError(
                 f"{self.output_dir} holds answers made with other images, contexts, weights or settings "
                 f"({', '.join(sorted(in_the_way)[:5])}{' ...' if len(in_the_way) > 5 else ''}): give another "
                 "--output_dir or --overwrite true"
             )
-        self._todo = [
-            {"image": target["image"], "case": target["case"]}
-            for target in targets
-            if target["case"] not in known or not self._complete(target["case"], files)
-        ]
-        todo = {target["case"] for target in self._todo}
         self.report["cases"] = {
             name: entry
             for name, entry in sorted(done.items())
             if name not in todo and f"{name}.nii.gz" in files and (self.shard.count == 1 or name in names)
         }
+
+    def _answer(self, case: str) -> Path:
+        return self.output_dir / f"{case}.nii.gz"
+
+    def _planned(self, case: str) -> list[Path]:
+        """What this run is to write for a case."""
+        maps = probability_folder(self.output_dir, case)
+        labels = self.report["labels"] if self.probabilities else ()
+        picture = [self.output_dir / f"{case}.png"] if self.overlays else []
+        return [self._answer(case), *picture, *(maps / f"label_{label}.nii.gz" for label in labels)]
+
+    def _pages(self) -> list[Path]:
+        return [self.output_dir / name for name in (REPORT, PAGE, VOLUMES, MANIFEST)]
+
+    def _check_inputs(self, inputs: Sequence[str | os.PathLike | None], targets: Sequence[Case]) -> None:
+        """Refuse if an answer would be written over an input, under whatever name or link that is given.
+
+        Raises:
+            FileExistsError: it would.
+        """
+        known = {_identity(path): path for path in inputs if path is not None}
+        known.pop(None, None)
+        answers = [path for t in targets for path in (self._answer(t["case"]), self.output_dir / f"{t['case']}.png")]
+        for path in [*answers, *self._pages()]:
+            if (itself := known.get(_identity(path))) is not None:
+                same = os.path.abspath(itself) == os.path.abspath(path)
+                raise FileExistsError(
+                    f"{path}{'' if same else f' (the same file as {itself})'} is an input of this run, such as a scan, "
+                    "and would be written over: give another --output_dir"
+                )
+
+    def _check_names(self, targets: Sequence[Case]) -> None:
+        """Refuse targets whose answers would be one file where the file system does not tell upper from lower case.
+
+        Raises:
+            DatasetError: there are such targets.
+        """
+        self._output.open()
+        if not self._output.state.with_name(STATE.upper()).exists():
+            return
+        first: dict[str, str] = {}
+        for case in (target["case"] for target in targets):
+            other = first.setdefault(unicodedata.normalize("NFC", case).casefold(), case)
+            if other != case:
+                raise DatasetError(
+                    f"{other} and {case} are one file name in {self.output_dir}: rename one of the scans"
+                )
+
+    def _enter(self) -> bool:
+        """Be at work in the folder, beside runs with the same contexts, weights and settings; whether there are none.
+
+        Raises:
+            FileExistsError: a run with others is at work there.
+        """
+        own = f"{_LOCKS}{self.report['fingerprint'][:16]}.lock"
+        with self._output.locked():
+            self._at_work.close()
+            for path in self._output.state.glob(f"{_LOCKS}*.lock"):
+                if path.name != own and not self._is_free(path.name):
+                    raise FileExistsError(
+                        f"a run with other contexts, weights or settings is at work in {self.output_dir}: wait, or "
+                        "give another --output_dir"
+                    )
+            alone = self._is_free(own)
+            self._at_work.enter_context(self._output.at_work(own, shared=True))
+        return alone
+
+    def _is_free(self, lock: str) -> bool:
+        try:
+            with self._output.at_work(lock):
+                return True
+        except BlockingIOError:
+            return False
 
     def _changed(self, targets: Sequence[Case], done: dict[str, Any]) -> set[str]:
         """Names of the targets whose image is not the one that was done; only files that were touched are read."""
@@ -302,11 +403,8 @@ class InferenceRun(Sequence[Case]):
 
     def _complete(self, case: str, files: set[str]) -> bool:
         """Whether everything but the answer is there, too, that this run is to write for a case."""
-        if self.overlays and f"{case}.png" not in files:
-            return False
-        maps = probability_folder(self.output_dir, case)
-        labels = self.report["labels"] if self.probabilities else ()
-        return all((maps / f"label_{label}.nii.gz").is_file() for label in labels)
+        return all(path.name in files if path.parent == self.output_dir else path.is_file()
+                   for path in self._planned(case))  # fmt: skip
 
     def _probe(self) -> None:
         try:
@@ -320,16 +418,19 @@ class InferenceRun(Sequence[Case]):
             ) from error
 
     def _find(self) -> list[Case]:
-        targets = find_targets(self.dataset_dir, self.channel)
         if self.split_file is None:
-            return targets
+            return find_targets(self.dataset_dir, self.channel)
         folder = Path(self.dataset_dir).absolute()
+        if image_files(folder / "imagesTr"):  # a split is one of these, also where there are imagesTs
+            folder /= "imagesTr"
         name = folder.parent.name if folder.name in ("imagesTr", "imagesTs") else folder.name
-        parts = read_split(self.split_file, [{**target, "dataset": name} for target in targets])
-        if not parts.get(self.target_split):
+        targets = [target | {"dataset": name} for target in find_targets(folder, self.channel)]
+        parts = read_split(self.split_file, targets, self.fold)
+        part = self.target_split or ("test" if "test" in parts else "val")
+        if not parts.get(part):
             known = ", ".join(part for part in parts if parts[part])
-            raise DatasetError(f"{self.split_file} has no '{self.target_split}' cases of {name} (it has {known})")
-        return parts[self.target_split]
+            raise DatasetError(f"{self.split_file} has no '{part}' cases of {name} (it has {known})")
+        return parts[part]
 
     def _fingerprint(self, weights: str) -> str:
         inferer, context = self.inferer, self.inferer.context
@@ -377,6 +478,7 @@ class InferenceRun(Sequence[Case]):
             **({"refined": {str(v): done for v, done in self.inferer.refined.items()}} if self.inferer.refine else {}),
             **(self.confidence.found if self.confidence else {}),
         }
+        self._done += 1
         self._note(target["case"])
 
     def _set_failed_case_aside(self, engine: Engine, error: BaseException) -> None:
@@ -386,11 +488,12 @@ class InferenceRun(Sequence[Case]):
         self._stop_if_folder_is_to_blame(error)
         case = self._todo[self._position]["case"]
         self.report["cases"].pop(case, None)
+        if not self._files.withdraw(case, lambda: self._remove(case)):
+            logger.warning("%s failed here (%s), and was done by another process", case, _reason(error))
+            self._next()
+            return
         self.report["failed"][case] = [_reason(error)]
         logger.warning("%s is left out: %s", case, _reason(error), exc_info=error if self.debug else None)
-        for path in (self.output_dir / f"{case}.nii.gz", self.output_dir / f"{case}.png"):
-            path.unlink(missing_ok=True)
-        shutil.rmtree(probability_folder(self.output_dir, case), ignore_errors=True)
         self._note(case)
         if self.inferer.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -402,8 +505,19 @@ class InferenceRun(Sequence[Case]):
         except OSError as error:
             self._stop_if_folder_is_to_blame(error)
             raise
+        self._next()
+
+    def _next(self) -> None:
         self._position += 1
         self._bar.update()
+
+    def _remove(self, case: str) -> None:
+        """Delete what there is of a failed case: of this run, and what it was to replace; not what others wrote."""
+        for path in self._planned(case):
+            if placed_here(path) or (self._before.get(path) is not None and signature(path) == self._before[path]):
+                path.unlink()
+        with contextlib.suppress(OSError):
+            probability_folder(self.output_dir, case).rmdir()
 
     def _stop_if_folder_is_to_blame(self, error: BaseException) -> None:
         for cause in _causes(error):
@@ -424,6 +538,9 @@ class InferenceRun(Sequence[Case]):
         found = []
         if itself := context.same_image(batch["image_digest"]):
             found.append(f"the target is also context {context.names[itself[0]]}: it was left out of its own contexts")
+        if kin := [i for i in context.of_same_subject(batch["image_digest"]) if i not in itself]:
+            names = listing([context.names[i] for i in kin])
+            found.append(f"scans of the target's own subject were left out of its contexts: {names}")
         alone = [str(value) for value, names in self.inferer.used.items() if not names]
         if alone:
             found.append(f"no context but the target itself has label {', '.join(alone)}: left empty")
@@ -454,15 +571,27 @@ class InferenceRun(Sequence[Case]):
         used = list(dict.fromkeys(name for names in self.inferer.used.values() for name in names))[:SHOWN_CONTEXTS]
         pairs = []
         for number in map(context.names.index, used):
-            both = torch.cat([part[0].float() for part in context.pairs([number])])
+            both = torch.cat([part[0].double() for part in context.pairs([number])])
             low, high = generate_spatial_bounding_box(both)
             pairs.append(both[:, *map(slice, low, high)].numpy())
         return used, [(image, label) for image, label in pairs]
 
 
-def _file_facts(path: str) -> dict[str, Any]:
-    """What a file is recognised by without being read."""
-    status = os.stat(path)
+def _identity(path: str | os.PathLike) -> tuple[int, int] | None:
+    """What a file is, whatever its names; None for no file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _file_facts(path: str) -> dict[str, Any] | None:
+    """What a file is recognised by without being read; None if there is none, as behind a link to nothing."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
     return {"path": os.path.abspath(path), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
 

@@ -29,6 +29,7 @@ from scripts.data.volumes import (
     NIFTI_SPACE,
     NOT_FINITE,
     VolumeError,
+    load_exact,
     load_volume,
     volume_digest,
     volume_fault,
@@ -158,7 +159,11 @@ class ICLInferer(Inferer):
             raise ValueError(f"need as many labels as images, at least one: got {len(images)} and {len(labels)}")
         names = [str(x) if isinstance(x, (str, Path)) else f"context {i + 1}" for i, x in enumerate(images)]
         kept = [
-            tuple(str(x) if isinstance(x, (str, Path)) else as_volume(x) for x in pair)  # files are read when needed
+            # files are read when needed
+            tuple(
+                str(x) if isinstance(x, (str, Path)) else as_volume(x, exact)
+                for x, exact in zip(pair, (False, self.task != "generation"), strict=True)
+            )
             for pair in zip(images, labels, strict=True)
         ]
         self._context = gather_contexts(
@@ -380,7 +385,7 @@ class ICLInferer(Inferer):
 
     def _eligible(self, target: Target) -> dict[int, list[int]]:
         """Numbers of the contexts that have a label and are not the target itself, by label."""
-        itself = self.context.same_image(target.digest)
+        itself = self.context.of_same_subject(target.digest)
         found = {value: [i for i in self.context.holding(value) if i not in itself] for value in self.label_values}
         for value, pool in found.items():
             if not pool:
@@ -389,20 +394,21 @@ class ICLInferer(Inferer):
         return found
 
 
-def as_volume(source: Volume) -> MetaTensor:
-    """``(1, H, W, D)`` float32 from a path, a MetaTensor, an array, or ``(array, affine)``.
+def as_volume(source: Volume, exact: bool = False) -> MetaTensor:
+    """``(1, H, W, D)`` from a path, a MetaTensor, an array, or ``(array, affine)``: float32, or its own type if exact.
 
     Raises:
         VolumeError: not one 3D volume of finite numbers with a usable affine; a file is named.
     """
     name = _name_of(source)
     if isinstance(source, (str, Path)):
-        volume = load_volume(source)
+        volume = (load_exact if exact else load_volume)(source)
     else:
         array, affine = source if isinstance(source, tuple) else (source, getattr(source, "affine", np.eye(4)))
         voxels = torch.as_tensor(array if isinstance(array, Tensor) else np.asarray(array))
         voxels = voxels.as_tensor() if isinstance(voxels, MetaTensor) else voxels
-        voxels = (voxels[None] if voxels.ndim != 4 else voxels).float()
+        voxels = voxels[None] if voxels.ndim != 4 else voxels
+        voxels = voxels if exact else voxels.float()
         meta = {k: v for k, v in getattr(source, "meta", {}).items() if k in (NIFTI_SPACE, "filename_or_obj")}
         affine = torch.as_tensor(np.asarray(affine), dtype=torch.float64)
         if affine.shape != (4, 4):

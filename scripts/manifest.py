@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from scripts.atomic import write_text
+from scripts.data.files import read_json
+from scripts.output_folder import write_text
 
 MANIFEST = "manifest.json"
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +41,7 @@ def write_manifest(
     path = Path(folder) / MANIFEST
     earlier = []
     if options.get("resume") and path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path, dict, "expected the manifest of a run")
         earlier = [*before.pop("earlier", []), before]
     weights = next((options[name] for name in _WEIGHTS if options.get(name)), None)
     present = weights is not None and Path(weights).is_file()
@@ -50,7 +51,7 @@ def write_manifest(
         "environment": environment(str(options.get("device", "cpu"))),
         "seed": options.get("seed"),
         "weights": {"file": str(weights), "sha256": file_sha256(weights)} if present else None,
-        "data": {"cases": len(lines), "listing_sha256": hashlib.sha256("".join(lines).encode()).hexdigest()},
+        "data": {"cases": len(lines), "listing_sha256": hashlib.sha256(os.fsencode("".join(lines))).hexdigest()},
         "options": dict(options),
         "config": dict(config),
         "earlier": earlier,

@@ -8,7 +8,8 @@ The last shard to finish does it by itself; this is for afterwards, or for a loo
 from __future__ import annotations
 
 from scripts.options import flag
-from scripts.report_files import REPORT, merge_shards, publish
+from scripts.report_files import REPORT, ReportFiles
+from scripts.shards import this_shard
 
 
 def merge_reports(output_dir: str, partial: bool = False) -> None:
@@ -18,8 +19,7 @@ def merge_reports(output_dir: str, partial: bool = False) -> None:
         output_dir: output folder of the run.
         partial: do so although shards are missing or have not finished.
     """
-    report = merge_shards(str(output_dir), flag(partial))
-    publish(report, str(output_dir))
+    report = ReportFiles(str(output_dir), this_shard()).publish_merged(flag(partial))
     print(
         f"{output_dir}/{REPORT}: {len(report['cases'])} cases done, {len(report['failed'])} failed, of "
         f"{report['targets']} targets in {report['shards']} shards"

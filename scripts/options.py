@@ -7,6 +7,7 @@ and ``32,48,32`` as a tuple) are brought to their type by it.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,10 +27,15 @@ OPTIONS: dict[str, Option] = {
     "datasets": Option("names", "use only these datasets of dataset_dir, by folder name or its Dataset001 part"),
     "collection_file": Option("path", "JSON file of rows: dataset, channels, task, classes, weights"),
     "channel": Option("int", "input channel (modality), the number in CASE_0000; training: None uses every channel"),
-    "sample_rate": Option("float", "fraction of each dataset's training cases that is used"),
-    "val_fraction": Option("float", "fraction of the cases held out for validation (model selection)"),
-    "test_fraction": Option("float", "fraction of the cases kept out of training and validation altogether"),
-    "split_file": Option("path", "a splits.json of an earlier run to use instead of a fresh split"),
+    "sample_rate": Option("float", "fraction of each dataset's training subjects that is used"),
+    "val_fraction": Option("float", "fraction of the subjects held out for validation (model selection)"),
+    "test_fraction": Option("float", "fraction of the subjects kept out of training and validation altogether"),
+    "split_file": Option("path", "a splits.json of an earlier run, or nnU-Net's splits_final.json, to split by"),
+    "fold": Option("int", "with nnU-Net's splits_final.json as split_file: which fold, from 0"),
+    "subject_pattern": Option(
+        "pattern",
+        "regular expression for the subject in case names, whose scans stay in one part; default: BIDS's sub-LABEL",
+    ),
     "skip_bad_cases": Option("flag", "go on without faulty cases instead of stopping"),
     "label_maps": Option("path", "folder of label maps whose anatomies synthetic cohorts may have"),
     "held_out_maps": Option("names", "label maps that are not used, by file name without ending"),
@@ -105,7 +111,9 @@ OPTIONS: dict[str, Option] = {
     "labels": Option("ints", "label values to segment; None takes all that the contexts have"),
     "context_label_channel": Option("int", "generation: the contexts' channel that is the wanted output"),
     "context_selection": Option("text", "which contexts if there are more than context_size: random, first or similar"),
-    "target_split": Option("text", "with split_file: which part of dataset_dir to run on"),
+    "target_split": Option(
+        "text", "with split_file: which part of dataset_dir to run on; None: test, of nnU-Net's val"
+    ),
     "shard": Option("text", "run on one part of the targets only: 3/16 is the third of sixteen, for job arrays"),
     "self_test": Option("flag", "predict every context from the others first: what Dice to expect of targets"),
     "ensemble": Option("count", "predictions per target from random halves of the contexts, averaged; 1 is one of all"),
@@ -116,6 +124,9 @@ OPTIONS: dict[str, Option] = {
     "reference_dir": Option("path", "reference labels (or images), same case names"),
     "prediction_channel": Option("int", "of prediction_dir read only CASE_000k of this channel k, as in imagesTr"),
     "reference_channel": Option("int", "of reference_dir read only CASE_000k of this channel k, as in imagesTr"),
+    "ignore_label": Option(
+        "int", "references' label that is not scored; null: dataset.json's \"ignore\", if there is one"
+    ),
     # any
     "help": Option("flag", "list the options"),
     "debug": Option("flag", "full tracebacks"),
@@ -151,7 +162,7 @@ def normalise(name: str, value: Any) -> Any:
         reader = _READERS[option.kind]
     try:
         return reader(value)
-    except (ValueError, TypeError, SyntaxError) as error:
+    except (ValueError, TypeError, SyntaxError, OverflowError) as error:
         raise ValueError(f"--{name} {value!r} is not a valid {option.kind} ({option.meaning}): {error}") from error
 
 
@@ -209,6 +220,13 @@ def _names(value: Any) -> list[str]:
     return [str(v) for v in _sequence(value)]
 
 
+def _pattern(value: Any) -> str:
+    try:
+        return re.compile(str(value)).pattern
+    except re.error as error:
+        raise ValueError(str(error)) from error
+
+
 def _path(value: Any) -> str:
     if isinstance(value, (list, tuple, dict)):
         raise ValueError("one path is needed; quote it twice if it holds a comma: '\"a,b\"'")
@@ -241,6 +259,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "path": _path,
     "paths": _paths,
     "text": str,
+    "pattern": _pattern,
     "device": _device,
     "words": lambda value: value if isinstance(value, str) and not set(value) & set("[(,") else _names(value),
 }

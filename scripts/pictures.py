@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from scripts.atomic import write_atomically
+from scripts.output_folder import write_output
 
 PANEL_PX = 256
 GAP_PX = 8
@@ -191,12 +191,16 @@ def contact_sheet(figures: Sequence[Image.Image], columns: int = 2) -> Image.Ima
 
 
 def save_png(figure: Image.Image, path: str | os.PathLike) -> None:
-    """Write the figure as PNG: the complete file takes the old one's place, or the old one stays."""
-    write_atomically(path, lambda temporary: figure.save(temporary, format="PNG"))
+    """Write the figure as PNG: the complete file takes the old one's place, or the old one stays.
+
+    Raises:
+        FileExistsError: there is a file that this program did not write.
+    """
+    write_output(path, lambda temporary: figure.save(temporary, format="PNG"))
 
 
 def _array(x: Any) -> np.ndarray:
-    return x.detach().float().cpu().numpy() if hasattr(x, "detach") else np.asarray(x)
+    return x.detach().cpu().numpy() if hasattr(x, "detach") else np.asarray(x)
 
 
 def _checked(image: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -204,7 +208,7 @@ def _checked(image: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
     if image.ndim != 3 or image.shape != mask.shape or not image.size:
         raise ValueError(f"image and mask must be (H, W, D) of one shape, got {image.shape} and {mask.shape}")
     if not np.issubdtype(mask.dtype, np.integer):
-        mask = np.rint(np.nan_to_num(mask.astype(np.float32))).astype(np.int32)
+        mask = np.rint(np.nan_to_num(mask)).astype(np.int64)
     return image, mask
 
 

@@ -8,7 +8,6 @@ Command line::
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from scripts.data.bids import pair_bids
 from scripts.data.conversion import write_dataset
 from scripts.data.decathlon import read_decathlon
 from scripts.data.dicom import pair_dicom
+from scripts.data.files import read_json
 from scripts.data.integrity import sound_cases
 from scripts.data.pairing import RawDataset, pair_files, pairing_table
 from scripts.options import flag
@@ -122,13 +122,14 @@ def _channel_names(modality: str | Sequence[str], found: tuple[str, ...]) -> tup
 
 
 def _read_label_names(path: str) -> dict[int, str]:
+    form = '--label_names takes a JSON file such as {"1": "anterior"}'
     try:
-        names = json.loads(Path(str(path)).read_text(encoding="utf-8"))
-        return {int(value): str(name) for value, name in names.items()}
+        names = read_json(str(path), dict, form)
     except FileNotFoundError:
         raise FileNotFoundError(f"no file {path}: --label_names takes a JSON file") from None
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f'{path}: --label_names takes a JSON file such as {{"1": "anterior"}} ({error})') from error
+    if not all(re.fullmatch(r"-?\d{1,18}", value) and isinstance(name, str) for value, name in names.items()):
+        raise ValueError(f"{path}: {form}")
+    return {int(value): name for value, name in names.items()}
 
 
 if __name__ == "__main__":

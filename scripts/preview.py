@@ -9,6 +9,7 @@ With the options of a training (data, task, grid, context size, seed), its first
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from scripts.data import Collection, EpisodeDataset
 from scripts.data.tasks import find_task
 from scripts.gin import GlobalIntensityNonlinear
 from scripts.options import flag, normalise
+from scripts.output_folder import OutputFolder
 from scripts.pictures import GroupView, contact_sheet, group_figure, save_png
 
 _SHEET = "preview.png"
@@ -38,6 +40,8 @@ def preview(
     max_classes: int = 5,
     spatial_size: int | Sequence[int] = 64,
     split_file: str | None = None,
+    fold: int | None = None,
+    subject_pattern: str | None = None,
     skip_bad_cases: bool = False,
     cache_dir: str | None = None,
     seed: int = 0,
@@ -59,7 +63,9 @@ def preview(
         context_size: context pairs in a group: a number, or "[low,high]".
         max_classes: at most this many random classes are merged into one foreground.
         spatial_size: the network's grid in voxels, one number or three.
-        split_file: splits.json of a run whose split to use instead of a fresh one.
+        split_file: splits.json of a run, or nnU-Net's splits_final.json, to use instead of a fresh split.
+        fold: which fold of nnU-Net's.
+        subject_pattern: regular expression for the subject in case names.
         skip_bad_cases: go on without faulty cases instead of stopping.
         cache_dir: preprocessed cases, such as those of a training; by default OUT/cache.
         seed: of split, groups and augmentation.
@@ -82,6 +88,8 @@ def preview(
         tasks=normalise("task", task),
         channel=normalise("channel", channel),
         split_file=normalise("split_file", split_file),
+        fold=normalise("fold", fold),
+        subject_pattern=normalise("subject_pattern", subject_pattern),
         skip_bad_cases=flag(skip_bad_cases),
         seed=seed,
     )
@@ -95,8 +103,7 @@ def preview(
         seed=seed,
     )
     figures = [draw_group(dataset, index) for index in trange(number, desc="groups", unit="group")]
-    for old in folder.glob(_GROUPS):
-        old.unlink()
+    OutputFolder.of(folder / _SHEET).remove(*folder.glob(_GROUPS))
     for index, figure in enumerate(figures):
         save_png(figure, folder / f"group_{index:04d}.png")
     save_png(contact_sheet(figures), folder / _SHEET)
@@ -130,7 +137,9 @@ def draw_group(dataset: EpisodeDataset, number: int) -> Image.Image:
 def _check_place(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: give another --output_dir")
-    if not overwrite and ((folder / _SHEET).exists() or any(folder.glob(_GROUPS))):
+    pictures = [path for path in (folder / _SHEET, *folder.glob(_GROUPS)) if os.path.lexists(path)]
+    OutputFolder.of(folder / _SHEET).check(*pictures)
+    if pictures and not overwrite:
         raise FileExistsError(f"{folder} already holds pictures: give another --output_dir or --overwrite true")
 
 

@@ -1,24 +1,27 @@
 """The report of an inference run as files: no finished case is forgotten, and thousands are cheap to note down.
 
-A process notes every case in a journal, one line each, and folds the journal into its report from time to time.
+A process notes every case in a journal, one line each, and folds the journal into the report from time to time.
+Processes of one run may do so at once: each adds its cases to what the others wrote, under the folder's lock.
 With the targets split over several processes each has a report of its own in ``shards/``; they are merged into the
 ``report.json`` of the run when all are there.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from scripts.atomic import write_json, write_text
-from scripts.report_page import write_page
+import nibabel as nib
+import numpy as np
+
+from scripts.manifest import MANIFEST
+from scripts.output_folder import OutputFolder, write_csv, write_json
+from scripts.report_page import PAGE, write_page
 from scripts.shards import Shard
 
 logger = logging.getLogger(__name__)
@@ -26,6 +29,7 @@ logger = logging.getLogger(__name__)
 REPORT = "report.json"
 VOLUMES = "volumes.csv"
 SHARDS = "shards"
+_REPORT_ENTRIES = {"fingerprint", "task", "labels", "contexts", "spacing_mm", "cases", "failed"}
 FOLD_SECONDS = 30.0
 FOLD_SHARE = 0.02
 """A report is rewritten so seldom that it takes no more than this part of the time."""
@@ -46,15 +50,58 @@ class ReportFiles:
         part = f"{SHARDS}/report-{shard.number:0{digits}d}-of-{shard.count}.json"
         self.folder = Path(folder)
         self.path = self.folder / (REPORT if shard.count == 1 else part)
+        self._output = OutputFolder(folder)
         self._due = 0.0
 
+    def begin(self, report: Report, todo: Collection[str], alone: bool) -> None:
+        """Write the report of a run that begins; its cases to do are not done any more.
+
+        Args:
+            report: the report, with the cases that are done.
+            todo: names of those that are to do.
+            alone: no other process is at work in the folder: what failed before is forgotten.
+        """
+        with self._output.locked():
+            before = self._of_others(report)
+            there = {name for name in before["cases"] if (self.folder / f"{name}.nii.gz").is_file()}
+            before = {
+                "cases": {name: entry for name, entry in before["cases"].items() if name in there - set(todo)},
+                "failed": {name: why for name, why in before["failed"].items() if not alone and name not in todo},
+            }
+            self._write(_joined(before, report))
+
     def fold(self, report: Report) -> None:
-        """Write the whole report; the journal begins anew."""
-        started = time.monotonic()
-        write_json(report, self.path)
-        _journal(self.path).unlink(missing_ok=True)
-        now = time.monotonic()
-        self._due = now + max(FOLD_SECONDS, (now - started) / FOLD_SHARE)
+        """Write the whole report, with what others have done; the journal begins anew."""
+        with self._output.locked():
+            self._write(_joined(self._of_others(report), report))
+
+    def publish(self, report: Report) -> None:
+        """Write the report of a whole run, with what others have done, for programs and for people."""
+        with self._output.locked():
+            publish(_joined(self._of_others(report), report), self.folder)
+
+    def publish_merged(self, partial: bool = False) -> Report:
+        """Write the report of all shards; arguments and errors as of :func:`merge_shards`."""
+        with self._output.locked():
+            merged = merge_shards(self.folder, partial)
+            publish(merged, self.folder)
+        return merged
+
+    def withdraw(self, case: str, remove: Callable[[], None]) -> bool:
+        """Remove what was written of a failed case, unless another process has done the case in the meantime.
+
+        Args:
+            case: its name.
+            remove: deletes the files.
+
+        Returns:
+            Whether it was removed.
+        """
+        with self._output.locked():
+            if case in read_report(self.path).get("cases", ()):
+                return False
+            remove()
+            return True
 
     def note(self, report: Report, case: str) -> None:
         """Note down a case that was just entered in the report, done or failed.
@@ -69,6 +116,11 @@ class ReportFiles:
         if time.monotonic() >= self._due:
             self.fold(report)
             return
+        with self._output.locked():
+            self._append(report, case)
+
+    def _append(self, report: Report, case: str) -> None:
+        self._claim_journal()
         kind = "cases" if case in report["cases"] else "failed"
         line = {"fingerprint": report["fingerprint"], "kind": kind, "case": case, "entry": report[kind][case]}
         with _journal(self.path).open("a", encoding="utf-8") as journal:
@@ -76,9 +128,49 @@ class ReportFiles:
             journal.flush()
             os.fsync(journal.fileno())
 
+    def _claim_journal(self) -> None:
+        journal = _journal(self.path)
+        self._output.claim(os.path.relpath(journal, self.folder), journal)
+
+    def _of_others(self, report: Report) -> Report:
+        """What is written of the same run: by this process, by others at work, and by earlier ones."""
+        found = read_report(self.path)
+        same = found.get("fingerprint") == report["fingerprint"]
+        return {kind: found[kind] if same else {} for kind in ("cases", "failed")}
+
+    def _write(self, report: Report) -> None:
+        started = time.monotonic()
+        self._claim_journal()
+        write_json(report, self.path)
+        _journal(self.path).unlink(missing_ok=True)
+        now = time.monotonic()
+        self._due = now + max(FOLD_SECONDS, (now - started) / FOLD_SHARE)
+
+    def paths(self) -> list[Path]:
+        """Where reports may be in the folder, whoever wrote them."""
+        return [self.folder / REPORT, *sorted((self.folder / SHARDS).glob("report-*.json"))]
+
+    def adopt_earlier_version(self) -> None:
+        """Put on record what a version without record wrote: the reports, and the answers that they prove theirs.
+
+        An answer counts if a report names its case as done and has the volumes of the very labels that it holds; with
+        it count its picture and its maps. A generated image has no such proof, and stays what it is.
+        """
+        for path in self.paths():
+            report = read_report(path)
+            if not report or not _REPORT_ENTRIES <= report.keys() or self._output.wrote(path):
+                continue
+            for case, entry in report["cases"].items():
+                answer = self.folder / f"{case}.nii.gz"
+                if answer.parent == self.folder and not self._output.has_record_of(answer) and _proves(entry, answer):
+                    maps = (self.folder / "probabilities" / case).glob("label_*.nii.gz")
+                    self._output.adopt(answer, self.folder / f"{case}.png", *maps)
+            pages = [self.folder / name for name in (PAGE, VOLUMES, MANIFEST)]
+            self._output.adopt(_journal(path), *(page for page in pages if not self._output.has_record_of(page)), path)
+
     def earlier(self) -> Iterator[Report]:
         """Every report that earlier runs left in the folder, whoever wrote it."""
-        for path in (self.folder / REPORT, *sorted((self.folder / SHARDS).glob("report-*.json"))):
+        for path in self.paths():
             if report := read_report(path):
                 yield report
 
@@ -101,6 +193,7 @@ def read_report(path: str | os.PathLike) -> Report:
 def publish(report: Report, folder: str | os.PathLike) -> None:
     """Write the report of a whole run, for programs and for people: JSON, page, and table of volumes."""
     folder = Path(folder)
+    OutputFolder(folder).open().claim(_journal(Path(REPORT)).name, _journal(folder / REPORT))
     write_json(report, folder / REPORT)
     _journal(folder / REPORT).unlink(missing_ok=True)
     rows = [
@@ -109,10 +202,7 @@ def publish(report: Report, folder: str | os.PathLike) -> None:
         for label, volume in entry["volumes_mm3"].items()
     ]
     if rows:
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerows([("case", "label", "volume_mm3"), *rows])
-        write_text(text.getvalue().encode(errors="replace").decode(), folder / VOLUMES)
+        write_csv(("case", "label", "volume_mm3"), rows, folder / VOLUMES)
     write_page(report, folder)
 
 
@@ -173,11 +263,34 @@ def merge_shards(folder: str | os.PathLike, partial: bool = False) -> Report:
 
 def remove_shards(folder: str | os.PathLike) -> None:
     """Take away reports of shards that a run without shards has made out of date."""
-    shards = Path(folder) / SHARDS
-    for path in shards.glob("report-*.json*"):
-        path.unlink()
+    shards, output = Path(folder) / SHARDS, OutputFolder(folder)
+    output.remove(*(path for path in shards.glob("report-*.json*") if output.wrote(path)))
     if shards.is_dir() and not any(shards.iterdir()):
         shards.rmdir()
+
+
+def _proves(entry: Mapping[str, Any], answer: Path) -> bool:
+    """Whether a mask is the one that a report's entry was made of."""
+    try:
+        image = nib.load(answer)
+        values, counts = np.unique(np.asanyarray(image.dataobj), return_counts=True)
+        voxel_mm3 = float(np.prod(nib.affines.voxel_sizes(image.affine)))
+        found = {str(int(value)): count * voxel_mm3 for value, count in zip(values, counts, strict=True) if value}
+        noted = {label: volume for label, volume in entry["volumes_mm3"].items() if volume}
+        whole = np.issubdtype(image.get_data_dtype(), np.integer) and bool(entry["volumes_mm3"])
+        return whole and found.keys() == noted.keys() and all(abs(found[k] - noted[k]) < 0.01 for k in found)
+    except Exception:  # nibabel raises many kinds for what is no image
+        return False
+
+
+def _joined(before: Report, report: Report) -> Report:
+    """A report with the cases of others; one that this process failed at may be done by another."""
+    cases = before["cases"] | report["cases"]
+    failed = before["failed"] | report["failed"]
+    return report | {
+        "cases": dict(sorted(cases.items())),
+        "failed": {name: why for name, why in failed.items() if name not in cases},
+    }
 
 
 def _journal(report: Path) -> Path:

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from scripts.atomic import write_text
+from scripts.output_folder import write_text
 from scripts.pictures import label_colour
 
 logger = logging.getLogger(__name__)

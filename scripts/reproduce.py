@@ -10,7 +10,6 @@ A manifest holds a configuration, and configurations can run code: repeat only r
 from __future__ import annotations
 
 import csv
-import json
 import os
 import subprocess
 import sys
@@ -22,8 +21,10 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from scripts.atomic import write_json
 from scripts.checkpoint import load_state
-from scripts.manifest import MANIFEST, environment, file_sha256, revision
+from scripts.data.files import read_json
+from scripts.manifest import MANIFEST, ROOT, environment, file_sha256, revision
 
 GPU_WEIGHT_TOLERANCE = 1e-3
 """On a GPU: largest distance of the weights, relative to their norm, that counts as the same."""
@@ -58,12 +59,13 @@ def reproduce(run_dir: str, output_dir: str) -> None:
     for line in differences(manifest):
         print(f"not as it was: {line}")
     new.mkdir(parents=True, exist_ok=True)
-    config = new / "repeated.json"
-    config.write_text(json.dumps(manifest["config"] | options | {"output_dir": str(new)}, indent=1), encoding="utf-8")
+    config, given = new / "repeated.json", new / "repeated_values.json"
+    write_json(manifest["config"], config)
+    write_json(options | {"output_dir": str(new)}, given)
     threads = {"OMP_NUM_THREADS": str(manifest["environment"]["threads"])}
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(config)]
-    logging_file = Path(__file__).resolve().parents[1] / "configs" / "logging.conf"
-    status = subprocess.run([*command, "--logging_file", str(logging_file)], env=os.environ | threads, check=False)
+    command = [sys.executable, "-m", "scripts.workflow", "--config_file", str(config.absolute())]
+    command += ["--given_file", str(given.absolute()), "--logging_file", str(ROOT / "configs" / "logging.conf")]
+    status = subprocess.run(command, env=os.environ | threads, check=False)
     if status.returncode:
         raise ValueError(f"the repetition failed with exit status {status.returncode}")
     stage = manifest["config"].get("stage")
@@ -126,7 +128,7 @@ def _read(run: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"no {path}: give the folder of a run that wrote one (training: OUT/stage1, OUT/stage2)"
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, dict, "expected the manifest of a run")
 
 
 def _options(manifest: Mapping[str, Any], run: Path) -> dict[str, Any]:
@@ -154,7 +156,7 @@ def _options(manifest: Mapping[str, Any], run: Path) -> dict[str, Any]:
     if weights and file_sha256(weights["file"]) != weights["sha256"]:
         raise ValueError(f"{weights['file']} is not the file that {run} started from: its SHA-256 differs")
     fixed = {n: v for n, v in (first["options"] | {"epochs": options.get("epochs")}).items() if n not in _OWN}
-    kept = {name: value for name, value in fixed.items() if name in manifest["config"]}
+    kept = {name: value for name, value in fixed.items() if name.partition("::")[0] in manifest["config"]}
     cache = kept.get("cache_dir")
     if cache is not None and Path(cache).is_relative_to(Path(options["output_dir"])):
         del kept["cache_dir"]  # follows the output folder

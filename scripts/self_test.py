@@ -79,8 +79,8 @@ def spread(numbers: Sequence[int], limit: int) -> list[int]:
 
 
 def fellows(context: ContextSet, number: int) -> list[int]:
-    """Contexts to predict one of them from: all whose image is another."""
-    itself = context.same_image(context.digests[number])
+    """Contexts to predict one of them from: all whose image is another, and of another subject."""
+    itself = context.of_same_subject(context.digests[number])
     return [other for other in range(len(context)) if other not in itself]
 
 
@@ -90,7 +90,7 @@ def held_out(
     limit: int = MAX_TESTED,
     title: str = "self-test",
     progress: bool = True,
-) -> Iterator[tuple[int, MetaTensor, MetaTensor, list[int]]]:
+) -> Iterator[tuple[int, MetaTensor, MetaTensor, Tensor, list[int]]]:
     """Contexts to predict from the others.
 
     Args:
@@ -101,14 +101,17 @@ def held_out(
         progress: show it.
 
     Yields:
-        A context's number, its image and label map ``(1, H, W, D)``, and those of its labels that others have too.
+        A context's number, its image, its label map and where that counts, each ``(1, H, W, D)``, and those of its
+        labels that others have too.
     """
     cases = predictable(context, values, limit)
     for number, labels in tqdm(cases.items(), title, unit="context", disable=not (progress and cases)):
-        yield number, *context.native(number), labels
+        yield number, *context.counted_native(number), labels
 
 
-def dice_in_views(views: Sequence[View], winners: Sequence[Tensor], label: MetaTensor) -> dict[int, float]:
+def dice_in_views(
+    views: Sequence[View], winners: Sequence[Tensor], label: MetaTensor, counted: Tensor | None = None
+) -> dict[int, float]:
     """Dice of each label on the voxels of the view that answers for it.
 
     What of a label lies outside of its view counts as missed.
@@ -117,11 +120,14 @@ def dice_in_views(views: Sequence[View], winners: Sequence[Tensor], label: MetaT
         views: of a target.
         winners: of each view, ``(1, h, w, d)``, from :func:`~scripts.data.label_decision.winning_label`.
         label: ``(1, H, W, D)``, the target's label map.
+        counted: where that counts, the same shape; None for everywhere.
     """
     scan_voxel = float(np.prod(nib.affines.voxel_sizes(np.asarray(label.affine))))
     dice = {}
     for view, winner in zip(views, winners, strict=True):
         shown = Preprocessing.label_on(label, view.image)
+        if counted is not None:
+            winner = winner * Preprocessing.label_on(counted, view.image)
         ratio = scan_voxel / float(np.prod(nib.affines.voxel_sizes(np.asarray(view.image.affine))))
         truth = sum((k + 1) * (shown == value).long() for k, value in enumerate(view.values))
         found = dict(zip(view.values, dice_by_label(winner, truth, len(view.values)), strict=True))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import logging
+import os
 import random
-import shutil
+import socket
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,51 +22,126 @@ from ignite.handlers import EarlyStopping
 from ignite.metrics import Metric
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from scripts.atomic import write_json, write_text
 from scripts.checkpoint import CheckpointError, atomic_save, read_checkpoint
 from scripts.data import Collection, EpisodeDataset, PreparedCases
 from scripts.handlers import BestScore
 from scripts.manifest import MANIFEST, write_manifest
 from scripts.networks import Neuroverse3D
+from scripts.output_folder import OutputFolder, write_json, write_text
 from scripts.stop import STATUS, StopRequest
 
 logger = logging.getLogger(__name__)
 
 BEST, LAST, SPLIT = "model.pt", "last.pt", "splits.json"
-_HELD = (LAST, BEST, "metrics.csv")
+_WEIGHTS = (LAST, BEST)
+_FILES = (*_WEIGHTS, "metrics.csv", SPLIT, "rows.json", "config.json", MANIFEST)
+_EVENTS = "tensorboard/events.out.tfevents.*"
+_LOCK = "training.lock"
+
+_claims: dict[Path, tuple[threading.Thread, contextlib.ExitStack]] = {}
+"""Folders that trainings of this process have claimed, by the thread that each is in."""
+
+
+def continues(folder: str | os.PathLike, resume: bool) -> bool:
+    """Whether there is a run to go on with; with ``resume`` and none, one that saved nothing yet begins anew."""
+    return resume and (Path(folder) / LAST).is_file()
 
 
 def claim_folder(folder: str, resume: bool = False, overwrite: bool = False) -> None:
-    """Make sure that training into a folder loses nothing; changes nothing itself.
+    """Make sure that training into a folder loses nothing, and that no other training goes into it meanwhile.
+
+    The operating system's lock on the folder ends with the training, however that ends. Of several processes the
+    first holds it.
 
     Args:
         folder: the run's folder.
-        resume: continue what is there.
+        resume: continue what is there; a run that saved no weights yet begins anew.
         overwrite: start anew where there is a run; :func:`clear_folder` deletes it once all else is in order.
 
     Raises:
-        FileNotFoundError: nothing to resume.
-        FileExistsError: the folder holds a run, and neither ``resume`` nor ``overwrite`` is given.
+        FileNotFoundError: there are weights, but nothing to resume from.
+        FileExistsError: another training is at work in the folder; or it holds a run, and neither ``resume`` nor
+            ``overwrite`` is given; or files that this program did not write.
     """
-    path = Path(folder)
-    if resume:
-        if not (path / LAST).is_file():
-            raise FileNotFoundError(f"nothing to resume: no {path / LAST}")
-        return
-    held = [name for name in _HELD if (path / name).exists()]
-    if held and not overwrite:
+    first = idist.get_rank() == 0
+    if first:
+        _lock(Path(folder).resolve())
+    try:
+        _check_run(Path(folder), resume, overwrite)
+        if first:
+            _check_files(Path(folder), resume)
+    except BaseException:
+        release_folder(folder)
+        raise
+
+
+def _check_run(path: Path, resume: bool, overwrite: bool) -> None:
+    if resume and not continues(path, resume):
+        if (path / BEST).exists():
+            raise FileNotFoundError(
+                f"nothing to resume: no {path / LAST}, only {BEST}: train on from it with --init_checkpoint and "
+                "another --output_dir"
+            )
+        logger.info("nothing to resume in %s: the training begins", path)
+    held = [name for name in _WEIGHTS if (path / name).exists()]
+    if held and not resume and not overwrite:
         raise FileExistsError(
             f"{path} already holds a run ({', '.join(held)}): continue it with --resume true, replace it "
             "with --overwrite true, or give another --output_dir"
         )
 
 
+def _check_files(path: Path, resume: bool) -> None:
+    output = OutputFolder(path)
+    _adopt_earlier_version(path, output)
+    output.remove_leftovers()
+    output.check(*(path / name for name in _FILES if not (resume and name == LAST)))  # that one by its content
+
+
+def release_folder(folder: str | os.PathLike) -> None:
+    """End the claim of :func:`claim_folder`."""
+    _, held = _claims.pop(Path(folder).resolve(), (None, contextlib.ExitStack()))
+    held.close()
+
+
 def clear_folder(folder: str) -> None:
-    """Delete the run in a folder."""
-    for name in (*_HELD, SPLIT, "rows.json", "config.json", MANIFEST):
-        (Path(folder) / name).unlink(missing_ok=True)
-    for name in ("tensorboard", "wandb"):
-        shutil.rmtree(Path(folder) / name, ignore_errors=True)
+    """Delete what this program wrote of a run in a folder, and put on record what TensorBoard is to write.
+
+    Raises:
+        FileExistsError: something else bears the name of one of the run's files.
+    """
+    path, output = Path(folder), OutputFolder(folder)
+    output.remove(*(path / name for name in _FILES))
+    output.remove(*(file for file in path.glob(_EVENTS) if output.wrote(file)))
+    # its files bear the name of the host and the number of the process
+    output.claim(f"{_EVENTS}{glob.escape(socket.gethostname())}.{os.getpid()}.*")
+
+
+def _lock(path: Path) -> None:
+    thread, held = _claims.pop(path, (None, contextlib.ExitStack()))
+    if thread is not None and thread.is_alive() and thread is not threading.current_thread():
+        _claims[path] = thread, held
+    else:
+        held.close()  # of a training in this thread that failed before it began
+    stack = contextlib.ExitStack()
+    try:
+        stack.enter_context(OutputFolder(path).at_work(_LOCK))
+    except BlockingIOError as error:
+        raise FileExistsError(f"another training is at work in {path}: wait, or give another --output_dir") from error
+    _claims[path] = threading.current_thread(), stack
+
+
+def _adopt_earlier_version(path: Path, output: OutputFolder) -> None:
+    """Put a run of a version without record on record: the folder has its manifest, and no record of anything."""
+    if any(output.wrote(path / name) for name in _FILES):
+        return
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        ours = {"bundle", "environment", "options", "config", "earlier"} <= manifest.keys()
+    except (OSError, ValueError, AttributeError):
+        return
+    if ours and manifest["config"].get("stage") == path.name:
+        output.adopt(*(path / name for name in _FILES), *path.glob(_EVENTS))
 
 
 def prepare_in_turn(*datasets: EpisodeDataset) -> None:
@@ -73,16 +152,20 @@ def prepare_in_turn(*datasets: EpisodeDataset) -> None:
 
 
 def earlier_split(folder: str) -> str | None:
-    """Split of an earlier stage, if it left one: so that its test cases stay out of this stage as well."""
+    """Split of the run in a folder, so that its test cases stay out of what follows; None if there is no run.
+
+    Of a run that has lost it the path is given all the same: whoever needs it is to miss it, not to draw another one.
+    """
     path = Path(folder) / SPLIT
-    return str(path) if path.is_file() else None
+    return str(path) if path.is_file() or (Path(folder) / LAST).is_file() else None
 
 
 class TrainingRun:
     """Trains into a folder: ``model.pt`` (best on validation), ``last.pt`` (to resume), configuration, split.
 
     ``last.pt`` holds the network, optimiser, scheduler, epoch, random state, best score and early-stop count,
-    and is written whole or not at all after every epoch. Of several processes the first one writes.
+    and is written whole or not at all after every epoch, before ``model.pt``. Of several processes the first one
+    writes.
 
     SIGTERM (``docker stop``, Slurm) ends the run after the group that is being trained, with a ``last.pt`` that also
     says how far the epoch has come: resumed, the run ends with the same weights as one that was never stopped. During
@@ -156,8 +239,11 @@ class TrainingRun:
         Raises:
             CheckpointError: what is there cannot be resumed with these options.
         """
-        with self._request:
-            self._train(config, options)
+        try:
+            with self._request:
+                self._train(config, options)
+        finally:
+            release_folder(self.folder)
         if not self.stopped:
             logger.info("best validation loss %.4g; weights in %s", self.best.value, self.folder / BEST)
 
@@ -166,14 +252,12 @@ class TrainingRun:
             self._restore(self.folder / LAST)
         if idist.get_rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".*.pt.*"):  # a run that was killed while it wrote a checkpoint
-                leftover.unlink()
             write_text(json.dumps(config, indent=2, default=str), self.folder / "config.json")
             if self.collection is not None and self.collection.is_read:
                 self.collection.write_split(self.folder / SPLIT)
                 write_json(self.collection.describe(), self.folder / "rows.json")
             if options is not None:
-                write_manifest(self.folder, config, options, self._listing())
+                write_manifest(self.folder, config, dict(options) | {"resume": self.resume}, self._listing())
         logger.info(
             "training %d parameters, channels %s, epochs %d to %d, into %s",
             sum(p.numel() for p in self.network.parameters()),
@@ -237,6 +321,10 @@ class TrainingRun:
         within = self.trainer.state.iteration % self.trainer.state.epoch_length
         where = f" and {within} of {self.trainer.state.epoch_length} steps of the next one" if within else ""
         logger.info("resuming after epoch %d%s", self.trainer.state.epoch, where)
+        if idist.get_rank() == 0:
+            OutputFolder.of(path).adopt(path)  # a run of this program by its content, wherever it was made
+            if content.get("best_of_all"):  # the process may have ended before it wrote them
+                atomic_save(content["network"], self.folder / BEST)
 
     def _enter_epoch(self, done: Mapping[str, Any], random_state: Mapping[str, Any]) -> None:
         """Go on within an epoch: with its remaining groups, and with the metrics of those that are done."""
@@ -289,14 +377,15 @@ class TrainingRun:
         engine.terminate()
 
     def _save(self, engine: Engine) -> None:
-        writes = idist.get_rank() == 0
+        best = False
         if self.evaluator.state.epoch == engine.state.epoch:  # validated in this epoch
             val_loss = float(self.evaluator.state.metrics["val_loss"])
             if not np.isfinite(val_loss):
                 logger.warning("the validation loss is %s: these weights are not kept as the best", val_loss)
-            if self.best.improves(val_loss) and writes:
-                atomic_save(self.network.state_dict(), self.folder / BEST)
-        self._write()
+            best = self.best.improves(val_loss)
+        self._write(best_of_all=best)  # first: what it says of the best weights, a resumed run makes true
+        if best and idist.get_rank() == 0:
+            atomic_save(self.network.state_dict(), self.folder / BEST)
 
     def _write(self, **more: Any) -> None:
         if idist.get_rank() == 0:

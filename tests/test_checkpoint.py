@@ -31,7 +31,7 @@ def one_line(caught) -> str:
 
 
 def files_in(folder):
-    return sorted(p.name for p in folder.iterdir())
+    return sorted(p.name for p in folder.glob("[!.]*"))
 
 
 def same_state(a, b):
@@ -358,8 +358,15 @@ def test_existing_output_is_kept_unless_overwrite(ours, theirs, tmp_path):
         output.write_bytes(b"precious")
         with pytest.raises(FileExistsError) as caught:
             command(str(source), str(output))
-        assert str(output) in one_line(caught) and "--overwrite" in one_line(caught)
+        assert str(output) in one_line(caught) and "another --output" in one_line(caught)
         assert output.read_bytes() == b"precious"
+    with pytest.raises(FileExistsError, match="was not written by this program"):
+        convert(str(theirs), str(output), overwrite=True)
+    assert output.read_bytes() == b"precious"
+    output.unlink()
+    convert(str(theirs), str(output))
+    with pytest.raises(FileExistsError, match="--overwrite true"):
+        export(str(ours), str(output))
     convert(str(theirs), str(output), overwrite=True)
     load_network(output)
 

@@ -10,6 +10,7 @@ from monai.data import MetaTensor
 
 from scripts import contexts
 from scripts.context_source import load_contexts
+from scripts.data import volumes
 from scripts.data.example_pairs import context_cases
 from scripts.data.volumes import load_volume, volume_digest
 
@@ -59,8 +60,7 @@ def test_pairs_that_another_set_has_read_are_taken_over(root, monkeypatch):
     cases = context_cases(root)
     earlier = load_contexts(cases, cases[:4], GRID)
     earlier.pairs([1, 2, 3])
-    read = []
-    monkeypatch.setattr(contexts, "load_volume", lambda path: read.append(path) or load_volume(path))
+    read = counted(monkeypatch)
     later = load_contexts(cases, [cases[5], cases[3], cases[0], cases[1]], GRID)
     assert later.take_over(earlier) == {0: 2, 1: 3, 3: 1}
     images, labels = later.pairs()
@@ -197,8 +197,9 @@ def test_values_of_no_class_are_background(make_dataset, tmp_path):
 
 
 def counted(monkeypatch):
-    read = []
-    monkeypatch.setattr(contexts, "load_volume", lambda path: read.append(path) or load_volume(path))
+    read, load_volume, load_labels = [], volumes.load_volume, volumes.load_labels
+    monkeypatch.setattr(volumes, "load_volume", lambda path: read.append(path) or load_volume(path))
+    monkeypatch.setattr(volumes, "load_labels", lambda path: read.append(path) or load_labels(path))
     return read
 
 

@@ -202,9 +202,13 @@ def test_nothing_is_overwritten_unasked(clean, out):
     with pytest.raises(FileExistsError, match="exists: give another --output_dir or --overwrite true"):
         corrupt(str(clean), str(out), "super_resolution", overwrite="false")
     assert same(voxels(out), before) and description(out)["corruption"]["task"] == "inpainting"
-    (out / "stale.txt").write_text("")
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"also holds notes\.txt"):
+        corrupt(str(clean), str(out), "super_resolution", overwrite="True")
+    assert same(voxels(out), before) and (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
     corrupt(str(clean), str(out), "super_resolution", overwrite="True")
-    assert description(out)["corruption"]["task"] == "super_resolution" and not (out / "stale.txt").exists()
+    assert description(out)["corruption"]["task"] == "super_resolution"
     assert [p.name for p in out.parent.iterdir()] == [out.name]
 
 
@@ -215,7 +219,7 @@ def test_folders_of_others_are_never_replaced(clean, out, content):
     if content is not None:
         (out / "dataset.json").write_text(content)
     before = tree(out)
-    with pytest.raises(FileExistsError, match="was not made by scripts.corrupt"):
+    with pytest.raises(FileExistsError, match=r"also holds .*thesis\.txt"):
         corrupt(str(clean), str(out), "inpainting", overwrite=True)
     assert tree(out) == before and [p.name for p in out.parent.iterdir()] == [out.name]
 

@@ -141,7 +141,7 @@ def test_run_writes_rows_and_summary(folders, capsys):
     assert summary["labels"]["2"]["dice"]["interval_95"] == [1, 1]
     assert summary["mean"]["dice"]["mean"] == pytest.approx((dice["mean"] + 1) / 2, abs=1e-5)
     assert json.loads((folders[2] / "summary.json").read_text()) == summary
-    assert sorted(p.name for p in folders[2].iterdir()) == ["metrics.csv", "summary.json"]
+    assert sorted(p.name for p in folders[2].glob("[!.]*")) == ["metrics.csv", "summary.json"]
 
     printed = capsys.readouterr().out
     assert [line.split()[0] for line in printed.splitlines()[:4]] == ["label", "1", "2", "mean"]

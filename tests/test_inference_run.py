@@ -252,11 +252,11 @@ def test_a_killed_run_is_finished_from_its_journal(infer, tmp_path):
     (out / "report.jsonl").write_text(text[:-20])  # the third line was not finished; the fourth answer not noted
     (out / "report.json").write_text(json.dumps(found | {"cases": {}, "finished": False}))
     (out / f"{NAMES[4]}.nii.gz").unlink()
-    (out / f".{NAMES[4]}.nii.gz.abc_1234.nii.gz").write_bytes(b"cut off")
+    (out / ".neuroverse3d-abc_1234.nii.gz").write_bytes(b"cut off")
     assert sorted(infer()["cases"]) == NAMES
     new = answers(out)
     assert {name for name in NAMES if new[name] != stamps.get(name)} == set(NAMES[2:])
-    assert not [path for path in out.iterdir() if path.name.startswith(f".{NAMES[4]}") or path.suffix == ".jsonl"]
+    assert not [path for path in out.iterdir() if path.name.startswith(".neuroverse3d-") or path.suffix == ".jsonl"]
 
 
 def test_a_changed_image_is_in_the_way_and_a_touched_one_is_not(infer, scans, tmp_path):

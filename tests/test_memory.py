@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from scripts import memory
+from scripts import host_memory, memory
 from scripts.networks import Neuroverse3D
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def test_less_memory_means_fewer_pairs_at_once(monkeypatch):
 def test_a_container_limit_counts(monkeypatch, tmp_path):
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("400000\n")
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
     assert memory.free_memory(CPU) == 600000
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.free_memory(CPU) > 10**7

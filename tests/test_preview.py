@@ -63,7 +63,7 @@ def views(data, cache, monkeypatch):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.glob("[!.]*"))
 
 
 def pictures(folder):

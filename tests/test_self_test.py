@@ -118,7 +118,7 @@ def test_no_context_is_predicted_from_itself():
 
 def test_no_more_contexts_are_tested_than_asked_for():
     context = context_set([box(1)] * 4)
-    context.native = lambda number: (None, None)
+    context.counted_native = lambda number: (None, None, None)
     assert [number for number, *_ in held_out(context, [1], limit=2, progress=False)] == [0, 3]
 
 

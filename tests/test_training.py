@@ -49,7 +49,8 @@ def finished(data, tmp_path_factory):
 def test_a_run_leaves_its_files(finished):
     names = {p.name for p in finished.iterdir()}
     assert names == {
-        "model.pt", "last.pt", "tensorboard", "config.json", "manifest.json", "metrics.csv", "splits.json", "rows.json"
+        "model.pt", "last.pt", "tensorboard", "config.json", "manifest.json", "metrics.csv", "splits.json", "rows.json",
+        ".neuroverse3d",
     }  # fmt: skip
     assert [row["epoch"] for row in rows(finished)] == ["1", "2"]
     assert all(0 <= float(row["val_dice"]) <= 1 and float(row["val_loss"]) > 0 for row in rows(finished))
@@ -141,6 +142,9 @@ def test_cases_given_directly(data, tmp_path):
 
 
 def test_nothing_to_resume(data, tmp_path):
+    folder = train(tmp_path, dataset_dir=str(data), epochs=1, resume=True)
+    assert len(rows(folder)) == 1, "there was nothing, so it begins"
+    (folder / "last.pt").unlink()
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         train(tmp_path, dataset_dir=str(data), resume=True)
 

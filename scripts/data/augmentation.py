@@ -144,6 +144,21 @@ class GroupAugmentation:
         gin_seed = int(rng.integers(2**63 - 1)) if rng.random() < self.gin_prob else NO_GIN
         return image.unsqueeze(1), label.unsqueeze(1), gin_seed
 
+    def follow(self, mask: Tensor, label: Tensor, generation: bool, rng: np.random.Generator) -> Tensor:
+        """Where a mask of a group's voxels comes to lie by the change of geometry that the same arguments make.
+
+        Args:
+            mask: ``(N, 1, H, W, D)`` boolean.
+            label: as in the call; what is dropped for the sake of small structures is so here too.
+            generation: the same.
+            rng: in the state that the call gets it in.
+
+        Returns:
+            ``(N, 1, H, W, D)`` boolean: every voxel that a masked one has a part in.
+        """
+        moved, _ = self._change_geometry(mask.squeeze(1).float(), label.squeeze(1), generation, rng)
+        return moved.unsqueeze(1) > 0
+
     def _change_geometry(
         self, image: Tensor, label: Tensor, generation: bool, rng: np.random.Generator
     ) -> tuple[Tensor, Tensor]:

@@ -1,30 +1,26 @@
-"""A collection: datasets on disk (or made up), the rows that draw from them, and their split by case."""
+"""A collection: datasets on disk (or made up), the rows that draw from them, and their split by subject."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from scripts.atomic import write_text
 from scripts.data.integrity import inspect_cases, sound_cases
 from scripts.data.nnunet import Case, DatasetError, NnunetDataset, find_datasets
 from scripts.data.rows import SYNTHETIC, Row, Source, SourcedRow, default_rows, read_rows, sources_of, synthetic_rows
+from scripts.data.splits import PARTS, draw_split, read_split, shared_subjects
 from scripts.data.tasks import find_task
+from scripts.output_folder import write_text
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("train", "val", "test")
-
 
 class Collection:
-    """The cases of one or several nnU-Net datasets, split by case. Nothing is read before it is needed.
+    """The cases of one or several nnU-Net datasets, split by subject. Nothing is read before it is needed.
 
     Args:
         dataset_dir: a dataset folder or a folder of them; None draws from synthetic cohorts, which are no cases: they
@@ -34,13 +30,16 @@ class Collection:
         collection_file: rows that say what is drawn, how often and with what weight; None uses every dataset found.
         tasks: keep only the rows of these tasks; without a collection file, the tasks to train (None: segmentation).
         channel: image channel, without a collection file; None uses every channel.
-        val_fraction: part of each dataset's cases for validation, at least one case.
+        val_fraction: part of each dataset's subjects for validation, at least one.
         test_fraction: part that is used for neither training nor validation.
-        sample_rate: part of each dataset's training cases that is used; a split file has its own say.
-        split_file: split of an earlier run to repeat.
+        sample_rate: part of each dataset's training subjects that is used; a split file has its own say.
+        split_file: split of an earlier run to repeat, or nnU-Net's ``splits_final.json``.
         skip_bad_cases: leave faulty cases out instead of raising.
         seed: of the split.
         num_workers: threads that read.
+        fold: of nnU-Net's ``splits_final.json``.
+        subject_pattern: regular expression that finds the subject in a case's name (``splits.subjects_of``).
+        resumed_split: split of the run that is resumed, which alone counts then.
     """
 
     def __init__(
@@ -58,7 +57,12 @@ class Collection:
         skip_bad_cases: bool = False,
         seed: int = 0,
         num_workers: int = 4,
+        fold: int | None = None,
+        subject_pattern: str | None = None,
+        resumed_split: str | None = None,
     ) -> None:
+        if fold is not None and split_file is None and resumed_split is None:
+            raise ValueError("--fold goes with --split_file, nnU-Net's splits_final.json")
         if not 0 < val_fraction < 1 or not 0 <= test_fraction < 1 or val_fraction + test_fraction >= 1:
             raise ValueError(f"val_fraction {val_fraction} and test_fraction {test_fraction} leave nothing to train on")
         if not 0 < sample_rate <= 1:
@@ -78,6 +82,9 @@ class Collection:
         self.skip_bad_cases = skip_bad_cases
         self.seed = seed
         self.num_workers = num_workers
+        self.fold = fold
+        self.subject_pattern = subject_pattern
+        self.resumed_split = resumed_split
         self._parts: dict[str, list[Case]] | None = None
         self._rows: list[SourcedRow] = []
 
@@ -90,6 +97,7 @@ class Collection:
 
         Raises:
             DatasetError: faulty or too few cases, or a row that fits no dataset.
+            FileNotFoundError: the split of the run that is resumed is lost.
         """
         if self._parts is None:
             sources = self._find_sources()
@@ -102,7 +110,7 @@ class Collection:
                 self._parts = {part: [] for part in PARTS}
                 return self._parts
             good = sound_cases(inspect_cases(found, self.record, self.num_workers), self.skip_bad_cases)
-            self._parts = read_split(self.split_file, good) if self.split_file else self._split(good)
+            self._parts = self._split(good)
         return self._parts
 
     def rows(self) -> list[SourcedRow]:
@@ -162,26 +170,22 @@ class Collection:
         return [(row, by_name.get(row.dataset, [])) for row in rows]
 
     def _split(self, cases: Sequence[Case]) -> dict[str, list[Case]]:
-        where: dict[tuple[str, str], str] = {}
-        by_dataset = defaultdict(set)
-        for case in cases:
-            by_dataset[case["dataset"]].add(case["case"])
-        for name, members in by_dataset.items():
-            rng = np.random.default_rng([self.seed, *name.encode()])
-            order = [sorted(members)[i] for i in rng.permutation(len(members))]
-            num_val = max(1, round(self.val_fraction * len(order)))
-            num_test = round(self.test_fraction * len(order))
-            if len(order) <= num_val + num_test:
-                raise DatasetError(
-                    f"{name}: {len(order)} cases cannot be split into {num_val} for validation, {num_test} for testing "
-                    "and the rest for training: add cases or lower --val_fraction or --test_fraction"
+        if self.resumed_split is not None:
+            if not Path(self.resumed_split).is_file():
+                raise FileNotFoundError(
+                    f"no {self.resumed_split}: the split of the run to resume is lost, and with it which cases are "
+                    "kept for testing; put it back from a copy, or train anew with --overwrite true"
                 )
-            training = order[num_val + num_test :]
-            training = training[: max(1, round(self.sample_rate * len(training)))]
-            where |= {(name, case): "val" for case in order[:num_val]}
-            where |= {(name, case): "test" for case in order[num_val : num_val + num_test]}
-            where |= {(name, case): "train" for case in training}
-        return _by_part(cases, where)
+            return {part: [] for part in PARTS} | read_split(self.resumed_split, cases)
+        if self.split_file is None:
+            return draw_split(
+                cases, self.val_fraction, self.test_fraction, self.sample_rate, self.seed, self.subject_pattern
+            )
+        parts = {part: [] for part in PARTS} | read_split(self.split_file, cases, self.fold)
+        if shared := shared_subjects(parts, self.subject_pattern):
+            shown = ", ".join(shared[:5])
+            logger.warning("%s has %d subjects in several parts: %s", self.split_file, len(shared), shown)
+        return parts
 
     @property
     def is_read(self) -> bool:
@@ -207,38 +211,3 @@ class CaseList(Sequence[Case]):
     def __iter__(self) -> Iterator[Case]:
         """Case dicts."""
         return iter(self.collection.parts()[self.part])
-
-
-def read_split(path: str | Path, cases: Sequence[Case]) -> dict[str, list[Case]]:
-    """Cases by part, as an earlier run's ``splits.json`` says.
-
-    Raises:
-        FileNotFoundError: no such file.
-        DatasetError: unreadable, or no case of these datasets is in it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no split file {path} (training writes splits.json into its output folder)")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        where = {(d, c): part for part, sets in content.items() for d, names in sets.items() for c in names}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise DatasetError(f"{path} is not a split file: {error}") from error
-    parts = _by_part(cases, where)
-    names = [(case["dataset"], case["case"]) for case in cases]
-    unnamed = sorted({f"{dataset}/{case}" for dataset, case in names if (dataset, case) not in where})
-    if unnamed:
-        logger.warning("%s does not name %d of the cases found; they are not used: %s", path, len(unnamed), unnamed[:5])
-    if not any(parts.values()):
-        raise DatasetError(f"{path} names none of the cases found")
-    return parts
-
-
-def _by_part(cases: Sequence[Case], where: Mapping[tuple[str, str], str]) -> dict[str, list[Case]]:
-    """Cases by part, in an order that a split read back repeats, so that the same groups are drawn."""
-    parts: dict[str, list[Case]] = {part: [] for part in PARTS}
-    for case in sorted(cases, key=lambda case: (case["dataset"], case["case"], case.get("source", ""))):
-        part = where.get((case["dataset"], case["case"]))
-        if part in parts:
-            parts[part].append(case)
-    return parts

@@ -18,15 +18,16 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from monai.utils import optional_import
-from nibabel.orientations import io_orientation, ornt_transform
 from tqdm import tqdm
 
-from scripts.atomic import put_folder_in_place, write_json
+from scripts.atomic import write_json
 from scripts.data.dicom import write_series
+from scripts.data.grids import on_axes_of
 from scripts.data.integrity import inspect_cases, sound_cases
 from scripts.data.nnunet import Case, DatasetError
 from scripts.data.pairing import DicomSeries, ImageFile, RawCase, RawDataset
-from scripts.data.volumes import VolumeError, load_volume
+from scripts.data.volumes import VolumeError, load_labels, load_volume
+from scripts.output_folder import check_folder, put_folder_in_place
 
 _ENDING = ".nii.gz"
 
@@ -110,22 +111,12 @@ def write_dataset(
     return WrittenDataset(folder, training, len(sound) - training, labels if masks else None, counts)
 
 
-_PARTS = {"imagesTr", "labelsTr", "imagesTs", "labelsTs", "dataset.json"}
-"""What a dataset of this program consists of."""
-
-
 def _check_free(folder: Path, overwrite: bool) -> None:
     number = folder.name.partition("_")[0]
     for found in sorted(folder.parent.glob(f"{number}_*")):
         if found.name != folder.name:  # nnU-Net finds a dataset by its number
             raise FileExistsError(f"{found} has the number of {folder.name}: give another --dataset_id or --output_dir")
-        if not overwrite:
-            raise FileExistsError(f"{found} exists: give another --dataset_id, or --overwrite true to replace it")
-        foreign = sorted(path.name for path in found.iterdir() if path.name not in _PARTS)
-        if foreign:
-            raise FileExistsError(
-                f"{found} also holds {', '.join(foreign[:3])}, which --overwrite true would delete: move it away"
-            )
+    check_folder(folder, overwrite, "--dataset_id")
 
 
 def _check_not_source(raw: RawDataset, folder: Path) -> None:
@@ -157,8 +148,7 @@ def _readable(cases: Sequence[RawCase], dataset: str, read: Path) -> list[Case]:
                 case["images"] += _as_3d_files(source, [read / name for name in names])
             case["image"] = case["images"][0]
             if raw.mask:
-                dicom = isinstance(raw.images[0], DicomSeries)
-                case["label"] = _on_axes_of(case["image"], raw.mask, read) if dicom else raw.mask
+                case["label"] = raw.mask
         except VolumeError as error:
             case["problems"] = [str(error)]
         readable.append(case)
@@ -179,20 +169,6 @@ def _as_3d_files(source: ImageFile | DicomSeries, paths: Sequence[Path]) -> list
     return list(paths)
 
 
-def _on_axes_of(image: Path, mask: Path, folder: Path) -> Path:
-    """The mask with its axes in the order and direction of the image's; a copy in ``folder``, if they differ.
-
-    Converters of DICOM differ in the direction in which they number rows; the voxels are the same.
-    """
-    voxels, wanted = _as_nifti(mask), nib.load(image)
-    turn = ornt_transform(io_orientation(voxels.affine), io_orientation(wanted.affine))
-    if np.array_equal(turn, [[0, 1], [1, 1], [2, 1]]):
-        return mask
-    path = folder / f"{image.name.removesuffix(_ENDING)}_mask{_ENDING}"
-    nib.save(voxels.as_reoriented(turn), path)
-    return path
-
-
 def _inspect(cases: Sequence[Case], known_values: list[int] | None) -> list[Case]:
     """The integrity check of images and masks, and of further channels against the first."""
     readable = [case for case in cases if "problems" not in case]
@@ -206,6 +182,8 @@ def _inspect(cases: Sequence[Case], known_values: list[int] | None) -> list[Case
         for case, pair in zip(inspected, inspect_cases(pairs), strict=True):
             # "output" is channel 0000, of which what it has alone is known already
             found = [text for text in pair["problems"] if not text.startswith("output ")]
+            if pair["reordered"]:  # in nnU-Net's layout all channels are on the same voxels
+                found.append("image and output differ in affine: stored along other axes")
             both = "image and channel 0000"
             case["problems"] += [f"channel {number:04d}: {t.replace('image and output', both)}" for t in found]
     return [*inspected, *(case for case in cases if "problems" in case)]
@@ -245,7 +223,8 @@ def _write_cases(cases: Sequence[Case], folder: Path, read: Path) -> None:
                 _write_image(source, path)
         if "label" in case:
             (folder / "labelsTr").mkdir(exist_ok=True)
-            _write_label(case["label"], folder / "labelsTr" / f"{case['case']}{_ENDING}")
+            path = folder / "labelsTr" / f"{case['case']}{_ENDING}"
+            _write_label(case["label"], path, case["image"] if case["reordered"] else None)
 
 
 def _write_image(source: Path, path: Path) -> None:
@@ -262,15 +241,20 @@ def _write_image(source: Path, path: Path) -> None:
             shutil.copyfileobj(plain, packed)
 
 
-def _write_label(source: Path, path: Path) -> None:
-    """The same label values as an integer type; the file itself where it has one."""
-    if source.name.lower().endswith((".nii", _ENDING)):
-        image = nib.load(source)
-        scaled = (image.dataobj.slope, image.dataobj.inter) != (1, 0)
-        if np.issubdtype(image.get_data_dtype(), np.integer) and not scaled:
+def _write_label(source: Path, path: Path, image: Path | None = None) -> None:
+    """The same label values as an integer type, the file itself where it has one; on an image's axes, if one is given.
+
+    Converters of DICOM differ in the direction in which they number rows; the voxels are the same.
+    """
+    if image is None and source.name.lower().endswith((".nii", _ENDING)):
+        stored = nib.load(source)
+        scaled = (stored.dataobj.slope, stored.dataobj.inter) != (1, 0)
+        if np.issubdtype(stored.get_data_dtype(), np.integer) and not scaled:
             _write_image(source, path)
             return
-    volume = load_volume(source)
+    volume = load_labels(source)
+    if image is not None:
+        volume = on_axes_of(volume, load_volume(image))
     values = volume[0].numpy()
     nib.save(_nifti(values.astype(np.min_scalar_type(int(values.max()))), volume.affine.numpy()), path)
 

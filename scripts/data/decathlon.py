@@ -6,14 +6,13 @@ fourth axis of one file; ``dataset.json`` names them and the labels.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 from nibabel.filebasedimages import ImageFileError
 
-from scripts.data.nnunet import DatasetError
+from scripts.data.files import DatasetError, image_files, read_json
 from scripts.data.pairing import ImageFile, RawCase, RawDataset, existing_folder, make_cases, mark_clashes
 from scripts.data.volumes import strip_ending
 
@@ -43,14 +42,14 @@ def read_decathlon(root: str | Path, masks: bool = True) -> RawDataset:
 
 
 def _describe(path: Path) -> tuple[tuple[str, ...], dict[int, str]]:
+    if not path.is_file():
+        raise DatasetError(f"{path} is missing: --source decathlon takes a task folder")
+    content = read_json(path, dict, "it has no readable 'modality' and 'labels' of the Decathlon")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         if "channel_names" in content:
             raise DatasetError(f"{path} describes an nnU-Net dataset already: give its folder as --dataset_dir")
         modality = {int(number): str(name) for number, name in content["modality"].items()}
         labels = {int(value): str(name) for value, name in content["labels"].items()}
-    except FileNotFoundError:
-        raise DatasetError(f"{path} is missing: --source decathlon takes a task folder") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(f"{path} has no readable 'modality' and 'labels' of the Decathlon: {error!r}") from error
     if sorted(modality) != list(range(len(modality))) or not modality:
@@ -61,9 +60,8 @@ def _describe(path: Path) -> tuple[tuple[str, ...], dict[int, str]]:
 def _images(folder: Path, channels: int) -> dict[tuple[str], list[ImageFile]]:
     """(name,) -> files; hidden ones, such as the ``._*`` of the published archives, are no images."""
     found: dict[tuple[str], list[ImageFile]] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.is_file() and (name := strip_ending(path)):
-            found.setdefault((name,), []).append(ImageFile(path, channels))
+    for path in image_files(folder):
+        found.setdefault((strip_ending(path),), []).append(ImageFile(path, channels))
     return found
 
 

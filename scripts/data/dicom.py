@@ -31,7 +31,7 @@ from scripts.data.pairing import (
     match,
     visible_files,
 )
-from scripts.data.volumes import AFFINE_TOLERANCE_MM, VolumeError, strip_ending
+from scripts.data.volumes import VolumeError, strip_ending
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ _DESCRIPTION, _POSITION, _ORIENTATION = "0008|103e", "0020|0032", "0020|0037"
 _RESCALE = ("0028|1052", "0028|1053")  # intercept and slope
 _ORIENTATION_TOLERANCE = 1e-3  # of direction cosines, which are written with few digits
 _SPACING_TOLERANCE = 0.5  # of the distance between slices; a missing slice makes it 1
+_SAME_POSITION_MM = 0.01  # between slices; less is rounding
 _POSITION_TOLERANCE_MM = 0.15  # of any slice from its place in a regular grid; some scanners round to 0.1 mm
 
 
@@ -193,7 +194,7 @@ def _check_grid(series: DicomSeries, volume: Any, reader: Any) -> None:
         raise VolumeError(series.path, f"({series.description!r}) has slices of several orientations")
     expected = np.array([volume.TransformIndexToPhysicalPoint((0, 0, i)) for i in slices])
     steps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
-    if steps.min() < AFFINE_TOLERANCE_MM:
+    if steps.min() < _SAME_POSITION_MM:
         raise VolumeError(series.path, f"({series.description!r}) has several slices at one position")
     scatter = np.ptp(steps) / steps.mean()
     if scatter > _SPACING_TOLERANCE or np.abs(positions - expected).max() > _POSITION_TOLERANCE_MM:

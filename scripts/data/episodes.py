@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, DistributedSampler, default_collate, get_w
 
 from scripts.data.augmentation import NO_GIN, GroupAugmentation
 from scripts.data.collection import Collection
+from scripts.data.integrity import ignored_values
 from scripts.data.nnunet import Case, DatasetError
 from scripts.data.prepared import PreparedCases
 from scripts.data.rows import SYNTHETIC, Row, SourcedRow
@@ -29,6 +30,9 @@ from scripts.data.tasks import find_task
 logger = logging.getLogger(__name__)
 
 _TRIES = 20
+
+IGNORED = 255
+"""Value of an output where it is not known: there, an episode's loss and scores count nothing."""
 
 
 class Group(NamedTuple):
@@ -58,7 +62,9 @@ class EpisodeDataset(Dataset):
     Item k is a dict of
 
     - ``image`` and ``label``, ``(L+1, 1, H, W, D)`` float32: inputs in about [0, 1], and wanted outputs: 0 or 1 for
-      segmentation (the union of the drawn classes, never the background), images in [0, 1] for generation tasks;
+      segmentation (the union of the drawn classes, never the background), images in [0, 1] for generation tasks,
+      :data:`IGNORED` where the label map has a value of no class (nnU-Net's "ignore");
+    - ``ignores`` (bool): there are such voxels;
     - ``generation`` (bool), ``loss_weight``, ``unpaired`` (bool: contexts take each other's labels), ``gin`` (seed of
       the intensity augmentation that the engine applies, -1 for none);
     - ``dataset``, ``task``, ``classes`` and ``cases``: names.
@@ -262,7 +268,7 @@ class EpisodeDataset(Dataset):
                     pool, targets = with_label, targets_with_label
                     break
             # else rare labels only: members without the structure are better than no group
-            setting |= {"values": sorted(values)}
+            setting |= {"values": sorted(values), "ignored": ignored_values(pool[0])}
         if training:
             members = [pool[i] for i in rng.choice(len(pool), length + 1, replace=False)]
         else:
@@ -308,19 +314,26 @@ class EpisodeDataset(Dataset):
         """Group ``number`` as tensors; ``augment=False`` leaves the augmentation out."""
         group = self.draw(number)
         task = find_task(group.task)
+        sources = [self._load(case, group.row) for case in group.members]
         pairs = [
-            task(*self._load(case, group.row), group.setting, np.random.default_rng([self.seed, 4, number, member]))
-            for member, case in enumerate(group.members)
+            task(*source, group.setting, np.random.default_rng([self.seed, 4, number, member]))
+            for member, source in enumerate(sources)
         ]
         image, label = (_stack(tensors) for tensors in zip(*pairs, strict=True))
+        ignored = _ignored(sources, group.setting.get("ignored", ()))
         gin = NO_GIN
         if augment and self.augmentation is not None:
-            rng = np.random.default_rng([self.seed, 5, number])
-            image, label, gin = self.augmentation(image, label, task.generation, rng)
+            drawn = [self.seed, 5, number]
+            if ignored is not None:
+                ignored = self.augmentation.follow(ignored, label, task.generation, np.random.default_rng(drawn))
+            image, label, gin = self.augmentation(image, label, task.generation, np.random.default_rng(drawn))
+        if ignored is not None:
+            label = label.masked_fill(ignored, IGNORED)
         late = self.unpair_from is not None and number // self.groups_per_epoch >= self.unpair_from
         return {
             "image": image,
             "label": label,
+            "ignores": ignored is not None,
             "generation": task.generation,
             "loss_weight": torch.tensor(group.row.loss_weight, dtype=torch.float32),
             "unpaired": late and not task.generation,
@@ -384,6 +397,14 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(tensors, out=torch.empty(0, dtype=kind).set_(storage, 0, shape))
 
 
+def _ignored(sources: Sequence[tuple[Tensor, Tensor | None]], values: Sequence[int]) -> Tensor | None:
+    """Where the members' label maps have one of the values, ``(L+1, 1, H, W, D)``; None if they nowhere do."""
+    if not values:
+        return None
+    found = torch.stack([torch.isin(label.long(), torch.tensor(values)) for _, label in sources])
+    return found if found.any() else None
+
+
 def _holding(cases: Sequence[Case], values: frozenset[int]) -> list[Case]:
     return [case for case in cases if not values.isdisjoint(case["values"])]
 
@@ -434,11 +455,14 @@ def as_episode(group: dict[str, Any], target: int) -> tuple[Tensor, Tensor, Tens
 
     Returns:
         target image and label ``(B, 1, H, W, D)``, context images and labels ``(B, L, 1, H, W, D)``; masks, which
-        travel as bytes, are float32 here.
+        travel as bytes, are float32 here. Of the target's label :data:`IGNORED` is left where it is; to the contexts,
+        which have no third value, it is background.
     """
     others = [i for i in range(group["image"].shape[1]) if i != target]
     image, label = group["image"], group["label"].float()
     context_out = label[:, others]
+    if "ignores" in group and group["ignores"].any():
+        context_out = context_out.masked_fill(context_out == IGNORED, 0)
     if "unpaired" in group and group["unpaired"].any():
         rolled = context_out.roll(1, dims=1)
         context_out = torch.where(group["unpaired"].view(-1, 1, 1, 1, 1, 1), rolled, context_out)

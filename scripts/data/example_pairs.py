@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
+from collections import defaultdict
 from collections.abc import Container, Sequence
 from pathlib import Path
 
-from scripts.data.collection import read_split
+from scripts.data.files import read_json
 from scripts.data.integrity import inspect_cases, sound_cases
-from scripts.data.nnunet import Case, DatasetError, files_by_name, find_datasets, split_channel
+from scripts.data.nnunet import Case, DatasetError, files_by_name, find_datasets, folder_problems, split_channel
+from scripts.data.splits import read_split, subjects_of
 
 
 def context_cases(
@@ -19,8 +20,12 @@ def context_cases(
     split_file: str | Path | None = None,
     record: str | Path | None = None,
     skip_bad_cases: bool = False,
+    fold: int | None = None,
+    subject_pattern: str | None = None,
 ) -> list[Case]:
     """Pairs of an nnU-Net dataset folder, inspected.
+
+    Under a split each has ``kin``: digests of the images of its subject (``splits.subjects_of``), in whatever part.
 
     Args:
         context_dir: the folder, with ``imagesTr`` and ``labelsTr``.
@@ -29,6 +34,8 @@ def context_cases(
         split_file: take only the cases in its training part.
         record: where to remember what was found in the files.
         skip_bad_cases: leave faulty cases out instead of raising.
+        fold: of nnU-Net's ``splits_final.json``.
+        subject_pattern: regular expression that finds the subject in a case's name.
 
     Raises:
         FileNotFoundError, DatasetError: nothing there, or faulty cases (all named).
@@ -45,10 +52,14 @@ def context_cases(
     inspected = sound_cases(inspect_cases(cases, record), skip_bad_cases)
     if split_file is None:
         return inspected
-    training = read_split(split_file, inspected)["train"]
+    training = read_split(split_file, inspected, fold)["train"]
     if not training:
         raise DatasetError(f"{split_file} has no training cases of {datasets[0].name} to take contexts from")
-    return training
+    subjects = subjects_of((case["case"] for case in inspected), subject_pattern)
+    kin = defaultdict(list)
+    for case in inspected:
+        kin[subjects[case["case"]]].append(case["image_digest"])
+    return [case | {"kin": kin[subjects[case["case"]]]} for case in training]
 
 
 def folder_cases(
@@ -88,8 +99,7 @@ def folder_cases(
         image, answer = image_files.get(name, []), answer_files.get(name, [])
         found = ((images, image), (answers, answer))
         problems = [f"nothing of this name in {folder}" for folder, files in found if not files]
-        if max(len(image), len(answer)) > 1:
-            problems.append("more than one file for the case")
+        problems += folder_problems(image, answer)
         paths = {"image": str(image[0]) if image else None, kind: str(answer[0]) if answer else None}
         cases.append({**paths, "case": name, "folder_problems": problems})
     return sound_cases(inspect_cases(cases, record), skip_bad_cases)
@@ -164,10 +174,7 @@ def read_pair_list(path: str | Path, channel: int = 0) -> tuple[list[str], list[
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: --context_file takes a JSON list of pairs")
     form = 'expected [{"image": "a.nii.gz", "label": "a_seg.nii.gz"}, ...], or such a list as "training"'
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise DatasetError(f"{path} cannot be read as JSON ({error}): {form}") from error
+    content = read_json(path, (dict, list), form)
     entries = content.get("training") if isinstance(content, dict) else content
     if not isinstance(entries, list) or not entries:
         raise DatasetError(f"{path} holds no pairs: {form}")
@@ -177,7 +184,7 @@ def read_pair_list(path: str | Path, channel: int = 0) -> tuple[list[str], list[
         image, label = (entry.get("image"), entry.get("label")) if isinstance(entry, dict) else (None, None)
         if isinstance(image, list):
             image = image[channel] if 0 <= channel < len(image) else None
-        if not isinstance(image, str) or not isinstance(label, (str, type(None))):
+        if not isinstance(image, str) or not isinstance(label, (str, type(None))) or "\0" in image + (label or ""):
             raise DatasetError(f"{path}, entry {number}: no image of channel {channel}, or no path as label: {form}")
         images.append(str(path.parent / image))
         labels.append(None if label is None else str(path.parent / label))

@@ -6,8 +6,6 @@ run, or a resumed one, does not read the images again.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 from collections import defaultdict
@@ -21,16 +19,26 @@ import numpy as np
 from monai.data import MetaTensor
 from tqdm import tqdm
 
-from scripts.atomic import write_json
+from scripts.data.grids import grid_difference, on_axes_of
+from scripts.data.label_numbers import count_labels, label_numbers, without
 from scripts.data.nnunet import Case, DatasetError
+from scripts.data.records import read_record, write_record
 from scripts.data.resampling import closest_axes
-from scripts.data.volumes import AFFINE_TOLERANCE_MM, CONSTANT, NOT_FINITE, VolumeError, load_volume, volume_digest
+from scripts.data.volumes import (
+    CONSTANT,
+    NOT_FINITE,
+    VolumeError,
+    load_exact,
+    load_volume,
+    pair_digest,
+    volume_digest,
+)
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 3
+_VERSION = 4
 _MISSING = "missing|"
-_FACTS = ("digest", "image_digest", "extent_mm", "voxel_mm", "values", "problems")
+_FACTS = ("digest", "image_digest", "extent_mm", "voxel_mm", "values", "problems", "reordered")
 
 
 def inspect_cases(cases: Sequence[Case], record: str | Path | None = None, workers: int = 4) -> list[Case]:
@@ -44,9 +52,10 @@ def inspect_cases(cases: Sequence[Case], record: str | Path | None = None, worke
     Returns:
         The cases with ``digest`` (SHA-256 of both volumes and their affine), ``image_digest`` (:func:`volume_digest`),
         ``extent_mm`` and ``voxel_mm`` (size of the foreground box and of a voxel along R, A, S), ``values``
-        (label value -> voxels) and ``problems`` (one text each, empty for a sound case) added.
+        (label value -> voxels), ``problems`` (one text each, empty for a sound case) and ``reordered`` (label or
+        output are stored along other axes than the image) added.
     """
-    known = _read_record(record)
+    known = read_record(record)
     keys = [_key(case) for case in cases]
     new = [i for i, key in enumerate(keys) if key not in known]
     if new:
@@ -55,15 +64,30 @@ def inspect_cases(cases: Sequence[Case], record: str | Path | None = None, worke
             bar = tqdm(found, "checking files", len(new), unit="case", disable=len(new) == 1)
             for i, result in zip(new, bar, strict=True):
                 known[keys[i]] = result
+                if _key(cases[i]) != keys[i]:  # what was read may be either
+                    raise DatasetError(f"{_name(cases[i])}: a file was replaced while it was read: start again")
         if record is not None:
-            write_json({k: v for k, v in known.items() if not k.startswith(_MISSING)}, record)
+            write_record({k: v for k, v in known.items() if not k.startswith(_MISSING)}, record)
     inspected = [case | known[key] for case, key in zip(cases, keys, strict=True)]
     for case in inspected:
         case["values"] = {int(value): count for value, count in case["values"].items()}
         case["problems"] = [*case.get("folder_problems", ()), *case["problems"]]
     _mark_unknown_values(inspected)
     _mark_duplicates(inspected)
+    if turned := [_name(inspected[i]) for i in new if inspected[i]["reordered"]]:  # said once, when it is found
+        logger.warning(
+            "%d of %d cases have answers stored along other axes than their images (%s): reordered, without loss",
+            len(turned), len(new), ", ".join(turned[:3]) + ", ..." * (len(turned) > 3),
+        )  # fmt: skip
     return inspected
+
+
+def ignored_values(case: Case) -> list[int]:
+    """Label values that ``dataset.json`` knows but no class has: nnU-Net's "ignore", which counts nowhere."""
+    if not case.get("classes") or case.get("known_values") is None:
+        return []
+    classes = {value for values in case["classes"].values() for value in values}
+    return sorted(set(case["known_values"]) - classes - {0})
 
 
 def sound_cases(inspected: Sequence[Case], skip_bad_cases: bool = False) -> list[Case]:
@@ -97,56 +121,58 @@ def _name(case: Case) -> str:
 
 
 def _inspect(case: Case) -> dict[str, Any]:
-    found: dict[str, Any] = dict.fromkeys(_FACTS) | {"values": {}, "problems": []}
+    found: dict[str, Any] = dict.fromkeys(_FACTS) | {"values": {}, "problems": [], "reordered": False}
     problems = found["problems"]
     image = _read(case["image"], "image", problems)
     answer_kind = _answer_kind(case)
     answer = _read(case[answer_kind], answer_kind, problems) if answer_kind else None
-    return found if image is None else found | examine(image, answer, answer_kind, problems)
+    return found if image is None else found | examine(image, answer, answer_kind, problems, ignored_values(case))
 
 
 def examine(
-    image: MetaTensor, answer: MetaTensor | None, answer_kind: str | None, problems: Sequence[str] = ()
+    image: MetaTensor,
+    answer: MetaTensor | None,
+    answer_kind: str | None,
+    problems: Sequence[str] = (),
+    ignored: Sequence[int] = (),
 ) -> dict[str, Any]:
     """What is in a case, and what is wrong with it.
 
     Args:
         image: ``(1, H, W, D)``.
-        answer: what goes with it, or None.
+        answer: what goes with it, or None; of a label map the file's own numbers (:func:`load_exact`).
         answer_kind: ``label`` (label numbers) or ``output`` (an image); None without an answer.
         problems: what was found to be wrong already.
+        ignored: label values that count nowhere.
 
     Returns:
         As :func:`inspect_cases` adds it to a case.
     """
     problems = list(problems)
-    found: dict[str, Any] = dict.fromkeys(_FACTS) | {"values": {}, "problems": problems}
+    found: dict[str, Any] = dict.fromkeys(_FACTS) | {"values": {}, "problems": problems, "reordered": False}
     voxels, affine = image[0].numpy(), np.asarray(image.affine, dtype=float)
     problems.extend(_image_faults(voxels, "image"))
     foreground = voxels > voxels.min()
     if answer is not None:
-        answer_voxels, answer_affine = answer[0].numpy(), np.asarray(answer.affine, dtype=float)
-        if answer_voxels.shape != voxels.shape:
-            problems.append(f"image and {answer_kind} differ in shape: {voxels.shape} and {answer_voxels.shape}")
-        elif not np.allclose(affine, answer_affine, atol=AFFINE_TOLERANCE_MM):
-            problems.append(f"image and {answer_kind} differ in affine")
-        else:
-            foreground |= answer_voxels > (0 if answer_kind == "label" else answer_voxels.min())
+        turned = on_axes_of(answer, image)
+        found["reordered"], answer = turned is not answer, turned
+        if difference := grid_difference(answer, image):
+            problems.append(f"image and {answer_kind} differ {difference}")
         if answer_kind == "label":
-            values, counts = np.unique(answer_voxels, return_counts=True)
-            if not np.all(values == np.round(values)) or values.min() < 0:
-                wrong = values[(values != np.round(values)) | (values < 0)]
-                problems.append(f"label holds values that are no label numbers: {wrong[:3].tolist()}")
-            else:
-                found["values"] = {int(v): int(c) for v, c in zip(values, counts, strict=True) if v > 0}
+            try:
+                answer = MetaTensor(label_numbers(answer.as_tensor()), affine=answer.affine)
+                found["values"] = count_labels(answer.as_tensor())
+            except ValueError as error:
+                problems.append(f"label {error}")
         else:
-            problems.extend(_image_faults(answer_voxels, answer_kind))
+            problems.extend(_image_faults(answer[0].numpy(), answer_kind))
     if problems:
         return found
+    if answer is not None:
+        plain = answer[0].as_tensor()
+        foreground |= (without(plain, ignored) > 0 if answer_kind == "label" else plain > plain.min()).numpy()
     found["image_digest"] = volume_digest(image)
-    answer_digest = volume_digest(answer) if answer is not None else ""
-    geometry = (np.round(affine, 3) + 0.0).tolist()  # -0 becomes 0
-    found["digest"] = hashlib.sha256(f"{found['image_digest']}{answer_digest}{geometry}".encode()).hexdigest()
+    found["digest"] = pair_digest(image, answer, found["image_digest"])
     return found | box_and_voxel(foreground, affine)
 
 
@@ -191,7 +217,7 @@ def _read(path: str | None, what: str, problems: list[str]) -> MetaTensor | None
         problems.append(f"{what} file is missing" + (f": {path}" if path is not None else ""))
         return None
     try:
-        return load_volume(path)
+        return (load_exact if what == "label" else load_volume)(path)
     except VolumeError as error:
         problems.append(f"{what} {Path(path).name} {error.reason}")
         return None
@@ -226,14 +252,3 @@ def _key(case: Case) -> str:
             return f"{_MISSING}{case['image']}|{path}"
         parts.append(f"{Path(path).resolve()}|{status.st_size}|{status.st_mtime_ns}" if status else "")
     return "|".join(parts)
-
-
-def _read_record(record: str | Path | None) -> dict[str, dict[str, Any]]:
-    if record is None or not Path(record).is_file():
-        return {}
-    try:
-        content = json.loads(Path(record).read_text(encoding="utf-8"))
-    except ValueError:
-        return {}  # damaged: everything is looked at again
-    entries = content.items() if isinstance(content, dict) else ()
-    return {key: found for key, found in entries if isinstance(found, dict) and set(_FACTS) <= set(found)}

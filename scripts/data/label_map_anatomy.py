@@ -18,8 +18,9 @@ from torch import Tensor
 
 from scripts.data.anatomy import Anatomy, NoRoomError
 from scripts.data.draws import Draws
+from scripts.data.label_numbers import count_labels
 from scripts.data.preprocessing import RAS_LABELS, bounding_box
-from scripts.data.volumes import load_volume, strip_ending
+from scripts.data.volumes import load_labels, strip_ending
 
 TISSUE_KINDS = {
     "white": (2, 7, 16, 28, 41, 46, 60, 85),
@@ -69,7 +70,7 @@ class LabelMaps:
         if not self.names:
             raise ValueError(f"held_out_maps leaves no label map of {folder}")
         maps = [_read(files[name]) for name in self.names]
-        self.values = np.unique(np.concatenate([[0], *(np.flatnonzero(np.bincount(m.ravel())) for m, _ in maps)]))
+        self.values = np.unique(np.concatenate([[0], *(list(count_labels(torch.from_numpy(m))) for m, _ in maps)]))
         if len(self.values) > 240:
             raise ValueError(f"{folder}: {len(self.values)} different labels; at most 240 can be used")
         self.subjects = [self._subject(*map_) for map_ in maps]
@@ -77,9 +78,7 @@ class LabelMaps:
         self.kinds = tuple((numbers[v], kind) for kind, values in TISSUE_KINDS.items() for v in values if v in numbers)
 
     def _subject(self, values: np.ndarray, spacing_mm: np.ndarray) -> _Subject:
-        numbers = np.zeros(int(self.values[-1]) + 1, dtype=np.uint8)
-        numbers[self.values] = np.arange(len(self.values))
-        tissues = numbers[values]
+        tissues = np.searchsorted(self.values, values).astype(np.uint8)
         counts = np.bincount(tissues.ravel(), minlength=len(self.values))
         sums = []
         for axis, length in enumerate(tissues.shape):  # of the coordinate, plane by plane
@@ -268,12 +267,12 @@ def _cut(draws: Draws, views: Sequence[_View], tissue: int, number: int) -> None
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Label values (H, W, D) in RAS, cropped to what is not 0, and voxel edges in mm."""
-    volume = Orientation("RAS", labels=RAS_LABELS)(load_volume(path))
+    volume = Orientation("RAS", labels=RAS_LABELS)(load_labels(path))
     values = volume[0].numpy()
-    if (values < 0).any() or values.max() == 0:
-        raise ValueError(f"{path} is no label map: it has negative values or none above 0")
+    if values.max() == 0:
+        raise ValueError(f"{path} is no label map: it has no value above 0")
     inside, box = values > 0, []
     for axis in range(3):
         there = np.flatnonzero(inside.any(tuple(other for other in range(3) if other != axis)))
         box.append(slice(int(there[0]), int(there[-1]) + 1))
-    return values[tuple(box)].round().astype(np.int32), np.asarray(volume.pixdim, dtype=np.float32)
+    return values[tuple(box)].astype(np.result_type(values, np.int32)), np.asarray(volume.pixdim, dtype=np.float32)

@@ -10,7 +10,7 @@ A case is a plain dict, as MONAI's datasets take them: ``image`` and ``label`` (
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import re
 from collections import defaultdict
@@ -19,15 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts.data.files import DatasetError, file_faults, image_files, is_dangling, printable, read_json
 from scripts.data.volumes import strip_ending
+
+logger = logging.getLogger(__name__)
 
 Case = dict[str, Any]
 
-_CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})$")
-
-
-class DatasetError(ValueError):
-    """A dataset cannot be used; the message says which and why."""
+_CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})", re.ASCII | re.DOTALL)
+_LABELS = 'expected nnU-Net\'s form, {"labels": {"background": 0, "anterior": 1}, "channel_names": {"0": "T1"}, ...}'
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,18 @@ class NnunetDataset:
             DatasetError: no images, or an unreadable ``dataset.json``.
         """
         root = Path(os.path.abspath(root))  # a link keeps its own name
-        if not any(strip_ending(p) for p in _files(root / "imagesTr")):
+        if not image_files(root / "imagesTr"):
             raise DatasetError(f"{root / 'imagesTr'} holds no images (expected CASE_0000.nii.gz)")
         description = root / "dataset.json"
+        if is_dangling(description):
+            raise DatasetError(f"{root}: {file_faults(description)[0]}")
         if not description.is_file():
             return cls(root, {}, None)
+        content = read_json(description, dict, _LABELS, "has no readable 'labels' entry")
         try:
-            labels = json.loads(description.read_text(encoding="utf-8"))["labels"]
-            classes = _read_labels(labels)
+            classes = _read_labels(content["labels"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DatasetError(f"{description} has no readable 'labels' entry: {error}") from error
+            raise DatasetError(f"{description} has no readable 'labels' entry ({error}): {_LABELS}") from error
         known = frozenset(value for values in classes.values() for value in values) | {0}
         foreground = {n: tuple(v for v in values if v != 0) for n, values in classes.items()}
         classes = {n: v for n, v in foreground.items() if v and n.lower() not in ("background", "ignore")}
@@ -90,6 +93,10 @@ class NnunetDataset:
             DatasetError: no image has this channel.
         """
         by_channel = self._images()
+        unnumbered = [n for n in files_by_name(self.root / "imagesTr") if not split_channel(n)]
+        if unnumbered:
+            logger.warning("%s: %d files without a channel (CASE_0000) are left out: %s", self.root / "imagesTr",
+                           len(unnumbered), ", ".join(unnumbered[:_SHOWN]))  # fmt: skip
         for wanted in (channel, *([answer] if isinstance(answer, int) else [])):
             if wanted not in by_channel:
                 raise DatasetError(
@@ -114,9 +121,7 @@ class NnunetDataset:
             | ({kind: str(answers[name][0]) if name in answers else None} if kind else {})
             | {
                 "case": name,
-                "folder_problems": ["more than one file for the case"]
-                if max(len(images[name]), len(answers.get(name, []))) > 1
-                else [],
+                "folder_problems": folder_problems(images[name], answers.get(name, [])),
             }
             | facts
             for name in sorted(images)
@@ -128,6 +133,20 @@ class NnunetDataset:
             if case := split_channel(name):
                 found[case[1]][case[0]] += paths
         return {channel: dict(images) for channel, images in found.items()}
+
+
+def ignored_labels(description: str | Path) -> set[int]:
+    """Values that a ``dataset.json`` calls "ignore".
+
+    Raises:
+        DatasetError: it cannot be read.
+    """
+    content = read_json(description, dict, _LABELS, "has no readable 'labels' entry")
+    try:
+        labels = _read_labels(content.get("labels", {}))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DatasetError(f"{description} has no readable 'labels' entry: {error}") from error
+    return {value for name, values in labels.items() if name.lower() == "ignore" for value in values}
 
 
 def find_datasets(folder: str | Path, names: Sequence[str] | None = None) -> list[NnunetDataset]:
@@ -149,7 +168,11 @@ def find_datasets(folder: str | Path, names: Sequence[str] | None = None) -> lis
     if (folder / "imagesTr").is_dir():
         roots = [Path(os.path.abspath(folder))]
     else:
-        roots = sorted(p for p in folder.iterdir() if (p / "imagesTr").is_dir())
+        inside = sorted(folder.iterdir())
+        roots = [p for p in inside if (p / "imagesTr").is_dir()]
+        gone = [p.name for p in inside if is_dangling(p) and p.name.startswith(("Dataset", "Task"))]
+        if gone:
+            raise DatasetError(f"{folder}: {', '.join(gone)} are links to nothing: mend or remove them")
     if not roots:
         raise DatasetError(f"no nnU-Net dataset in {folder}: expected imagesTr/ and labelsTr/ there or one level below")
     if names:
@@ -182,22 +205,22 @@ def find_targets(path: str | Path, channel: int = 0) -> list[Case]:
     """
     path = Path(path)
     for inner in ("imagesTs", "imagesTr"):
-        if (path / inner).is_dir() and any(strip_ending(p) for p in _files(path / inner)):
+        if image_files(path / inner):
             path = path / inner
             break
-    if path.is_file():
-        files = [path]
+    if path.is_file() or is_dangling(path):
+        files = [path] if strip_ending(path) else []
     elif path.is_dir():
-        files = _files(path)
+        files = image_files(path)
     else:
         raise FileNotFoundError(f"no file or folder {path}: --dataset_dir takes the images to segment")
-    nnunet_layout = Path(os.path.abspath(path)).name in ("imagesTs", "imagesTr")
-    found = []
-    for file in files:
-        name = strip_ending(file)
-        in_channel = split_channel(name or "") if nnunet_layout else None
-        if name and (in_channel is None or in_channel[1] == channel):
-            found.append({"image": str(file), "case": in_channel[0] if in_channel else name})
+    named = [(file, printable(strip_ending(file) or "")) for file in files]
+    if Path(os.path.abspath(path)).name in ("imagesTs", "imagesTr"):
+        named = _of_channel(Path(os.path.abspath(path)), named, channel)
+    found = [{"image": str(file), "case": name} for file, name in named]
+    for target in found:
+        if faults := file_faults(target["image"]):
+            target["folder_problems"] = faults
     if not found:
         raise FileNotFoundError(
             f"no image files in {path} (channel {channel:04d} of an nnU-Net folder, else any image)"
@@ -209,23 +232,74 @@ def find_targets(path: str | Path, channel: int = 0) -> list[Case]:
     return found
 
 
+def _of_channel(folder: Path, named: Sequence[tuple[Path, str]], channel: int) -> list[tuple[Path, str]]:
+    """Files of a channel, by case, in a folder of the nnU-Net layout; says what is left out."""
+    channels: dict[str, set[int]] = defaultdict(set)
+    for _, name in named:
+        if in_channel := split_channel(name):
+            channels[in_channel[0]].add(in_channel[1])
+    if channel == 0 and len(channels) == 1 and len(numbers := next(iter(channels.values()))) > 1:
+        known = _known_channels(folder)
+        if known is None or max(numbers) >= known:
+            case = next(iter(channels))
+            logger.warning("%s: the %d files %s_%04d to %04d are taken for scans of their own, not for channels of "
+                           "one case: nothing else there has channels", folder, len(numbers), case, min(numbers),
+                           max(numbers))  # fmt: skip
+            return list(named)
+    found = []
+    for file, name in named:
+        in_channel = split_channel(name)
+        if in_channel is None or in_channel[1] == channel:
+            found.append((file, in_channel[0] if in_channel else name))
+    left_out = len(named) - len(found)
+    if left_out and found:
+        odd = [case for case, there in channels.items() if channel not in there]
+        regular = len({frozenset(there) for there in channels.values()}) == 1
+        others = sorted(set().union(*channels.values()) - {channel})
+        text = (
+            f"{folder}: {len(found)} of {len(named)} images are of channel {channel:04d}; {left_out} of the channels "
+        )
+        text += ", ".join(f"{n:04d}" for n in others[:_SHOWN]) + (", ..." if len(others) > _SHOWN else "")
+        text += " are left out"
+        if odd:
+            text += f", and with them all of {', '.join(odd[:_SHOWN])}{' ...' if len(odd) > _SHOWN else ''}"
+        if not regular:
+            text += ". If these are running numbers, rename the folder: only imagesTs and imagesTr have channels"
+        logger.log(logging.INFO if regular else logging.WARNING, text)
+    return found
+
+
+def _known_channels(folder: Path) -> int | None:
+    """How many channels the cases of ``imagesTs`` or ``imagesTr`` have, as the files beside it say; None: unknown."""
+    description = folder.parent / "dataset.json"
+    if description.is_file():
+        content = read_json(description, dict, _LABELS)
+        listed = content.get("channel_names", content.get("modality"))
+        if isinstance(listed, (dict, list)):
+            return len(listed)
+    training = folder.parent / "imagesTr"
+    there = [split_channel(name) for name in files_by_name(training)] if training != folder else []
+    return max((case[1] + 1 for case in there if case), default=None)
+
+
 def files_by_name(folder: Path) -> dict[str, list[Path]]:
     """Image files of a folder (not of its sub-folders) by their name without ending; usually one for each name."""
     found: dict[str, list[Path]] = defaultdict(list)
-    for path in _files(folder):
-        if name := strip_ending(path):
-            found[name].append(path)
+    for path in image_files(folder):
+        found[printable(strip_ending(path))].append(path)
     return dict(found)
+
+
+def folder_problems(images: Sequence[Path], answers: Sequence[Path]) -> list[str]:
+    """What is wrong with a case by the look of its files; one text each."""
+    problems = ["more than one file for the case"] if max(len(images), len(answers)) > 1 else []
+    return list(dict.fromkeys([*problems, *(fault for path in (*images, *answers) for fault in file_faults(path))]))
 
 
 def split_channel(name: str) -> tuple[str, int] | None:
     """``("CASE", k)`` of ``CASE_000k``; None for a name without channel suffix."""
-    match = _CHANNEL.match(name)
+    match = _CHANNEL.fullmatch(name)
     return (match["case"], int(match["channel"])) if match else None
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
 
 
 def _read_labels(labels: dict[str, Any]) -> dict[str, tuple[int, ...]]:

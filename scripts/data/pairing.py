@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from scripts.data.files import is_dangling, printable
 from scripts.data.volumes import strip_ending
 
 Key = tuple[str, ...]
@@ -34,7 +35,7 @@ class ImageFile:
 
     def describe(self, root: Path) -> str:
         """The path within ``root``."""
-        return str(self.path.relative_to(root))
+        return printable(str(self.path.relative_to(root)))
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,8 @@ def pair_files(root: str | Path, image_patterns: Sequence[str], mask_pattern: st
         most = max((_fixed(pattern) for pattern in hits), default=0)
         best = [pattern for pattern in hits if _fixed(pattern) == most]
         if len(best) > 1:
-            name = path.relative_to(root)
-            undecided.append(RawCase(str(name), (), problems=(f"{name} is matched by {' and by '.join(best)}",)))
+            name = ImageFile(path).describe(root)
+            undecided.append(RawCase(name, (), problems=(f"{name} is matched by {' and by '.join(best)}",)))
         elif best:
             found[patterns.index(best[0])][keys[best[0]]].append(path)
     if not undecided:
@@ -171,6 +172,9 @@ def make_cases(
             problems.append(f"several masks, narrow the pattern: {_listing(labels, root)}")
         elif masks is not None and not labels:
             problems.append(f"no mask ({mask_pattern}) for {all_files}")
+        for source in (*(image for several in images for image in several), *labels):
+            if is_dangling(source.path):
+                problems.append(f"{source.describe(root)} is a link to nothing: fetch the file (datalad get)")
         name = case_name(key)
         if not name:
             problems.append(f"no case name can be made of {all_files}")
@@ -290,7 +294,7 @@ def pairing_table(dataset: RawDataset) -> str:
             s.describe(dataset.root) + f" #{i}" * (s.channels > 1) for s in case.images for i in range(s.channels)
         ]
         part = [f"imagesT{'s' if case.test else 'r'}"] if parts else []
-        mask = [str(case.mask.relative_to(dataset.root)) if case.mask else "-"] if masks else []
+        mask = [ImageFile(case.mask).describe(dataset.root) if case.mask else "-"] if masks else []
         rows.append([case.case, *part, *images, *mask])
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows)
@@ -309,7 +313,7 @@ def _listing(sources: Sequence[Source], root: Path) -> str:
 
 
 def _nothing_found(root: Path, pattern: str, files: Sequence[Path], is_mask: bool) -> str:
-    there = ", ".join(str(path.relative_to(root)) for path in files[:3]) or "no image files"
+    there = _listing([ImageFile(path) for path in files[:3]], root) or "no image files"
     option, none = ("--mask_pattern", " (None: there are no masks)") if is_mask else ("--image_pattern", "")
     return f"{root}: no file matches {option} {pattern!r}{none}; there are {len(files)} image files: {there}" + (
         ", …" if len(files) > 3 else ""

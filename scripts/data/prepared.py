@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from monai.data import PersistentDataset
+from monai.transforms import Transform
 from torch import Tensor
 
-from scripts.data.integrity import inspect_cases, sound_cases
-from scripts.data.nnunet import Case
+from scripts.data.integrity import ignored_values, inspect_cases, sound_cases
+from scripts.data.nnunet import Case, DatasetError
 from scripts.data.preprocessing import LoadCase, Preprocessing, fit_spacing
 
 logger = logging.getLogger(__name__)
@@ -25,7 +28,8 @@ class PreparedCases:
     """Cases on the network's grid, one spacing per dataset, cached on disk.
 
     A cached case is keyed by the content of its files and by the preprocessing settings, so a changed file or
-    setting makes a new entry, and a moved dataset keeps its own.
+    setting makes a new entry, and a moved dataset keeps its own. The content is compared with the key when a case is
+    read, and every entry holds a digest of its own, so that a damaged one is made again.
 
     Args:
         parts: part name -> case dicts (lazy sequences are fine).
@@ -92,33 +96,75 @@ class PreparedCases:
             for index, case in enumerate(cases):
                 case["index"] = index
             items = [
-                {kind: case[kind] for kind in _FILES if kind in case} | {"key": _cache_key(case, preprocessing)}
+                {kind: case[kind] for kind in _FILES if kind in case}
+                | {"digest": case["digest"], "ignored": ignored_values(case), "key": _cache_key(case, preprocessing)}
                 for case in cases
             ]
-            self._stores[name] = PersistentDataset(items, LoadCase(preprocessing), self.cache_dir, _cache_name)
+            self._stores[name] = PersistentDataset(items, _SealedCase(preprocessing), self.cache_dir, _cache_name)
 
     def load(self, case: Case) -> tuple[Tensor, Tensor | None]:
         """Image of a prepared case and what goes with it, from the cache where possible.
 
         Returns:
             The image in [0, 1], and label numbers, a second image in [0, 1], or None; each ``(1, *spatial_size)``.
+
+        Raises:
+            DatasetError: a file of the case is gone or another one; the case is named.
         """
         store, index = self._stores[case["source"]], case["index"]
-        for attempt in range(_ATTEMPTS):
+        entry = self.cache_dir / f"{_cache_name(store.data[index]).decode()}.pt"
+        for _ in range(_ATTEMPTS):
+            cached = entry.is_file()
             try:
                 found = store[index]
-                break
-            except (RuntimeError, EOFError, OSError):
-                # a cached file was cut short (full disk, killed run, another process still at it): make it again
-                if attempt + 1 == _ATTEMPTS:
-                    raise
-                (self.cache_dir / f"{_cache_name(store.data[index]).decode()}.pt").unlink(missing_ok=True)
-        return found["image"], found.get("answer")
+            except Exception as error:  # of a damaged entry anything may be said
+                if not (cached or entry.is_file()):
+                    raise DatasetError(f"{case['dataset']}/{case['case']}: {_cause(error)}") from error
+            else:
+                if _is_whole(found):
+                    return found["image"], found.get("answer")
+            entry.unlink(missing_ok=True)  # cut short, damaged, or another process is still at it
+        raise DatasetError(f"{case['dataset']}/{case['case']}: {entry} is damaged as soon as written: check the disk")
+
+
+class _SealedCase(Transform):
+    """:class:`LoadCase`, with a digest of the result under ``seal``."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.load = LoadCase(preprocessing)
+
+    def __call__(self, case: Case) -> dict[str, Any]:
+        found = self.load(case)
+        return {**found, "seal": _seal(found)}
+
+
+def _seal(found: Mapping[str, Tensor]) -> str:
+    """A checksum is enough: it is to find damage, not forgery, and is taken with every draw."""
+    checksum = 0
+    for key in ("image", "answer"):
+        if key in found:
+            checksum = zlib.crc32(found[key].contiguous().numpy(), checksum)
+    return f"{checksum:08x}-{[(key, list(x.shape), str(x.dtype)) for key, x in sorted(found.items()) if key != 'seal']}"
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What was raised inside a transform, without MONAI's wrapping."""
+    while isinstance(error, RuntimeError) and error.__cause__ and str(error).startswith("applying transform"):
+        error = error.__cause__
+    return error
+
+
+def _is_whole(found: Any) -> bool:
+    try:
+        return found["seal"] == _seal(found)
+    except Exception:  # damage may have made anything of it
+        return False
 
 
 def _cache_key(case: Case, preprocessing: Preprocessing) -> str:
     kinds = "+".join(kind for kind in _FILES if kind in case)
-    return f"{kinds}-{case['digest']}-{preprocessing.fingerprint}"
+    ignored = f"-without{ignored_values(case)}" if ignored_values(case) else ""
+    return f"sealed-{kinds}-{case['digest']}-{preprocessing.fingerprint}{ignored}"
 
 
 def _cache_name(item: dict[str, str]) -> bytes:

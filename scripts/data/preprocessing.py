@@ -22,6 +22,7 @@ from monai.utils.enums import MetaKeys
 from torch import Tensor
 
 from scripts.data.label_decision import TOUCHING, least_score
+from scripts.data.label_numbers import label_numbers, without
 from scripts.data.nnunet import Case
 from scripts.data.resampling import (
     GridAxis,
@@ -33,7 +34,7 @@ from scripts.data.resampling import (
     spline_coefficients,
     whole_scan,
 )
-from scripts.data.volumes import load_volume
+from scripts.data.volumes import load_known, load_pair
 
 PERCENTILES = (0.5, 99.5)
 """Intensities are clipped to these percentiles of a case, as in the published recipe."""
@@ -130,21 +131,24 @@ class Preprocessing:
         meta = _without_affine(image.meta) | {_SOURCE_AFFINE: affine, _GRID_AXES: _as_array(axes)}
         return MetaTensor(self._pad(voxels).as_tensor(), affine=torch.as_tensor(grid_affine(affine, axes)), meta=meta)
 
-    def pair(self, image: MetaTensor, label: MetaTensor, box: Box | None = None) -> tuple[Tensor, Tensor]:
+    def pair(
+        self, image: MetaTensor, label: MetaTensor, box: Box | None = None, ignored: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
         """A labelled case on the network's grid.
 
         Args:
             image: ``(1, H, W, D)``.
             label: ``(1, H, W, D)``, label numbers.
             box: what to crop to instead of the foreground box.
+            ignored: label numbers that do not count as foreground; they are in the result.
 
         Returns:
-            Image in [0, 1] (float32) and label numbers (uint8 or int32), each ``(1, *spatial_size)``.
+            Image in [0, 1] (float32) and label numbers (uint8, int32 or int64), each ``(1, *spatial_size)``.
         """
-        axes, counts = self._lay_grid(image, label, box)
+        foreground = label if box is not None or not ignored else without(label.as_tensor(), ignored)
+        axes, counts = self._lay_grid(image, foreground, box)
         voxels = self._intensity(sample_linear(image[0].as_tensor(), axes, counts)[None])
-        numbers = sample_labels(label[0].as_tensor(), axes, counts)[None].round()
-        numbers = numbers.to(torch.uint8 if numbers.max() < 256 else torch.int32)
+        numbers = label_numbers(sample_labels(label[0].as_tensor(), axes, counts)[None])
         return self._grid(voxels).as_tensor(), self._grid(numbers).as_tensor()
 
     def image(self, image: MetaTensor) -> Tensor:
@@ -213,8 +217,8 @@ class Preprocessing:
             scores: by label number; all of parts of one scan.
 
         Returns:
-            ``(1, H, W, D)`` uint8 (int16 or int32 where the numbers need it), with the source's affine and meta data.
-            At equal scores the first label wins.
+            ``(1, H, W, D)`` uint8 (int16, int32 or int64 where the numbers need it), with the source's affine and meta
+            data. At equal scores the first label wins.
 
         Raises:
             ValueError: scores of other voxels than their target's.
@@ -222,9 +226,11 @@ class Preprocessing:
         target = next(iter(scores.values())).target
         slabs = whole_scan(target_axes(target))
         labels = {value: _LabelScores(slabs, placed) for value, placed in scores.items()}
-        native = np.zeros(slabs.shape, _smallest_type(max(scores)))
+        smallest = next(t for t in (np.uint8, np.int16, np.int32, np.int64) if max(scores) <= np.iinfo(t).max)
+        kind = torch.int64 if smallest is np.int64 else torch.int32
+        native = np.zeros(slabs.shape, smallest)
         for part in slabs:
-            number = torch.zeros(slabs.shape_of(part), dtype=torch.int32)
+            number = torch.zeros(slabs.shape_of(part), dtype=kind)
             best, second = torch.zeros(number.shape), torch.zeros(number.shape)
             for value, label in labels.items():
                 region, score = label.on(part)
@@ -260,10 +266,10 @@ class Preprocessing:
         return found[None]
 
     def _lay_grid(
-        self, image: MetaTensor, label: MetaTensor | None = None, box: Box | None = None
+        self, image: MetaTensor, label: Tensor | None = None, box: Box | None = None
     ) -> tuple[list[GridAxis], list[int]]:
         if box is None:
-            data = {"image": image.as_tensor()} | ({} if label is None else {"label": label.as_tensor()})
+            data = {"image": image.as_tensor()} | ({} if label is None else {"label": torch.as_tensor(label)})
             box = bounding_box(ForegroundMask()(data)["foreground"][0])
         return grid_axes(np.asarray(image.affine, dtype=float), image.shape[1:], box, self.spacing_mm)
 
@@ -354,10 +360,6 @@ class _LabelScores:
         return (*sides, here[2]), self._slabs.interpolate(self._spline, there[2], region)
 
 
-def _smallest_type(number: int) -> type[np.integer]:
-    return next(t for t in (np.uint8, np.int16, np.int32) if number <= np.iinfo(t).max)
-
-
 def _without_affine(meta: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in meta.items() if key != MetaKeys.AFFINE}
 
@@ -384,15 +386,17 @@ class LoadCase(Transform):
             each ``(1, *spatial_size)``.
 
         Raises:
-            VolumeError: a file cannot be read.
+            VolumeError: a file cannot be read, or is not what it was (``digest``).
         """
-        image = load_volume(case["image"])
+        digest = case.get("digest")
         if "label" in case:
-            image, answer = self.preprocessing.pair(image, load_volume(case["label"]))
+            image, label = load_pair(case["image"], case["label"], labels=True, digest=digest)
+            image, answer = self.preprocessing.pair(image, label, ignored=case.get("ignored", ()))
         elif "output" in case:
-            image, answer = self.preprocessing.image_pair(image, load_volume(case["output"]))
+            pair = load_pair(case["image"], case["output"], labels=False, digest=digest)
+            image, answer = self.preprocessing.image_pair(*pair)
         else:
-            return {"image": self.preprocessing.image(image)}
+            return {"image": self.preprocessing.image(load_known(case["image"], digest))}
         return {"image": image, "answer": answer}
 
 

@@ -8,12 +8,12 @@ drawing a row with probability proportional to its ``draw_weight``.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from scripts.data.files import read_json
 from scripts.data.nnunet import DatasetError, NnunetDataset
 from scripts.data.tasks import find_task
 
@@ -122,10 +122,7 @@ def read_rows(path: str | Path) -> list[Row]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no collection file {path}: --collection_file takes a JSON file of rows")
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"{path} is no collection file ({error}): see configs/collection_example.json") from error
+    rows = read_json(path, dict, "see configs/collection_example.json").get("rows")
     if not isinstance(rows, list) or not rows:
         raise DatasetError(f"{path} has no rows: see configs/collection_example.json")
     return [_read_row(path, number, row) for number, row in enumerate(rows, start=1)]

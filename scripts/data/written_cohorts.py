@@ -14,9 +14,9 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from scripts.atomic import put_folder_in_place
 from scripts.data.label_map_anatomy import LabelMaps
 from scripts.data.synthesis import MAX_LABELS, Cohort, check_range, checked_size, synthesize_cohort
+from scripts.output_folder import check_folder, put_folder_in_place
 
 INTENSITY_SCALE = 1000
 """Value in the written int16 images that stands for the intensity 1."""
@@ -97,6 +97,7 @@ def _check_free(output_dir: Path, folders: list[Path], overwrite: bool) -> None:
                 raise FileExistsError(f"{found} has the number of {folder.name}: give another start_id or output_dir")
             if not overwrite:
                 raise FileExistsError(f"{found} exists: give another output_dir or overwrite")
+            check_folder(folder, overwrite, "output_dir")
 
 
 def _write_dataset(folder: Path, cohort: Cohort, spacing_mm: float, prefix: str, seed: tuple[int, int]) -> None:

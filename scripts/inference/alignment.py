@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from scripts.atomic import write_json
 from scripts.contexts import ContextSet, listing
+from scripts.data.label_numbers import count_labels
 from scripts.data.preprocessing import Preprocessing, bounding_box
 from scripts.data.resampling import grid_axes
 from scripts.inference.aligned_view import AlignedView, EmptyView
@@ -163,9 +164,8 @@ class AlignedContexts:
             image, answer = self.context.native(number)
             voxel_mm = float(nib.affines.voxel_sizes(np.asarray(image.affine)).min())
             points = {} if self.context.generation else {
-                int(value): extreme_points(answer[0] == value, answer.affine)
-                for value in torch.unique(answer.as_tensor())
-                if value > 0
+                value: extreme_points(answer[0].as_tensor() == value, answer.affine)
+                for value in count_labels(answer.as_tensor())
             }  # fmt: skip
             self._known[number] = _Known(coarser(image, COARSE_VOXELS), points, voxel_mm)
             self._keep_crop(number, image, answer)

@@ -59,11 +59,12 @@ def load_all(prepared):
 
 
 def refuse_reading(monkeypatch):
-    def refuse(path):
+    def refuse(path, *_, **__):
         raise AssertionError(f"{path} was read")
 
-    monkeypatch.setattr(integrity, "load_volume", refuse)
-    monkeypatch.setattr(preprocessing, "load_volume", refuse)
+    for module, names in ((integrity, ("load_volume", "load_exact")), (preprocessing, ("load_known", "load_pair"))):
+        for name in names:
+            monkeypatch.setattr(module, name, refuse)
 
 
 # --- split

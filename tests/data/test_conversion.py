@@ -51,7 +51,7 @@ def out(tmp_path):
 
 
 def everything(folder):
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if ".neuroverse3d" not in p.parts)
 
 
 # --- the result
@@ -276,7 +276,7 @@ def test_channels_that_disagree_are_named(tmp_path, out, write_nifti):
     assert a.strip() == (
         "Dataset001_My/a: channel 0001: image and channel 0000 differ in shape: (8, 10, 11) and (9, 10, 11)"
     )
-    assert b.endswith("/b: channel 0001: image and channel 0000 differ in affine")
+    assert "/b: channel 0001: image and channel 0000 differ in affine" in b
     assert "/c: channel 0001: image holds NaN or infinite voxels: replace them" in c
     assert "/d: image holds NaN or infinite voxels: replace them" in d
 

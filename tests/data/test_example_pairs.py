@@ -136,7 +136,7 @@ def test_an_image_may_be_a_list_of_channels(tmp_path):
         ([], "holds no pairs: expected"),
         ({"validation": ENTRIES}, "holds no pairs"),
         ({"training": {}}, "holds no pairs"),
-        ('"a"', "holds no pairs"),
+        ('"a"', "holds a text where"),
         ([*ENTRIES, {"label": "a.nii"}], "entry 3: no image"),
         ([*ENTRIES, "a.nii"], "entry 3: no image"),
         ([*ENTRIES, {"image": 3, "label": "a.nii"}], "entry 3: no image"),

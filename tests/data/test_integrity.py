@@ -269,12 +269,15 @@ def refuse_reading(monkeypatch):
     def refuse(path):
         raise AssertionError(f"{path} was read again")
 
-    monkeypatch.setattr(integrity, "load_volume", refuse)
+    for name in ("load_volume", "load_exact"):
+        monkeypatch.setattr(integrity, name, refuse)
 
 
 def count_reads(monkeypatch):
-    read, reader = [], integrity.load_volume
-    monkeypatch.setattr(integrity, "load_volume", lambda path: read.append(os.path.basename(path)) or reader(path))
+    read = []
+    for name in ("load_volume", "load_exact"):
+        reader = getattr(integrity, name)
+        monkeypatch.setattr(integrity, name, lambda path, r=reader: read.append(os.path.basename(path)) or r(path))
     return read
 
 

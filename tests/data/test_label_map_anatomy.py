@@ -50,8 +50,8 @@ def test_maps_are_read_once_upright_and_cropped(maps):
 def test_held_out_maps_are_not_read(folder, monkeypatch):
     assert map_names(folder)[0] == "subject0"
     read = []
-    load = label_map_anatomy.load_volume
-    monkeypatch.setattr(label_map_anatomy, "load_volume", lambda path: read.append(path.name) or load(path))
+    load = label_map_anatomy.load_labels
+    monkeypatch.setattr(label_map_anatomy, "load_labels", lambda path: read.append(path.name) or load(path))
     maps = LabelMaps(folder, ["subject1", "subject3"])
     assert maps.names == ("subject0", "subject2") and read == ["subject0.nii.gz", "subject2.nii.gz"]
 

@@ -100,6 +100,16 @@ def test_unreadable_dataset_json_is_named(copied, content):
     assert "\n" not in str(caught.value)
 
 
+def test_a_description_or_dataset_that_is_a_link_to_nothing(copied):
+    (copied / "dataset.json").unlink()
+    (copied / "dataset.json").symlink_to("nowhere")
+    with pytest.raises(DatasetError, match=r"Dataset001_Blobs: dataset\.json is a link to nothing"):
+        find_datasets(copied)
+    (copied.parent / "Dataset002_Gone").symlink_to("nowhere")
+    with pytest.raises(DatasetError, match="Dataset002_Gone are links to nothing"):
+        find_datasets(copied.parent)
+
+
 # --- cases
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from monai.data import MetaTensor
 
 from scripts.data import Preprocessing, preprocessing, resampling
-from scripts.data.preprocessing import LoadCase, fit_spacing, load_volume
-from scripts.data.volumes import VolumeError
+from scripts.data.preprocessing import LoadCase, fit_spacing
+from scripts.data.volumes import VolumeError, load_volume
 
 ORIENTATIONS = [
     np.stack([order, flips], 1)

@@ -92,9 +92,11 @@ def test_overwrite_replaces_only_the_same_datasets(tmp_path):
     (tmp_path / "Dataset001_Real").mkdir()
     (tmp_path / "Dataset001_Real" / "dataset.json").write_text("{}")
     kept = (first[1] / "dataset.json").read_text()
-    (first[0] / "stale.txt").write_text("")
+    (first[0] / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"also holds notes\.txt"):
+        small(tmp_path, cohorts=1, subjects=3, overwrite=True)
+    (first[0] / "notes.txt").unlink()
     small(tmp_path, cohorts=1, subjects=3, overwrite=True)
-    assert not (first[0] / "stale.txt").exists()
     assert json.loads((first[0] / "dataset.json").read_text())["numTraining"] == 3
     assert (first[1] / "dataset.json").read_text() == kept
     assert sorted(p.name for p in tmp_path.iterdir()) == ["Dataset001_Real", *(f.name for f in first)]

@@ -101,6 +101,6 @@ def segment_numbers(answer: np.ndarray, labels: Sequence[int]) -> np.ndarray:
         uint8 of the same shape, or uint16 where there are more than 255 segments.
     """
     kind = np.uint8 if len(labels) <= np.iinfo(np.uint8).max else np.uint16
-    numbers = np.zeros(max(labels) + 1, kind)
-    numbers[list(labels)] = np.arange(1, len(labels) + 1, dtype=kind)
-    return numbers[answer]
+    order = np.argsort(labels)
+    known = np.array([0, *np.asarray(labels)[order]])  # sorted, so that memory does not depend on the numbers
+    return np.array([0, *(order + 1)], kind)[np.searchsorted(known, answer)]

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from monai.bundle import ConfigWorkflow
-
 from scripts.apps.deploy.segments import Segment, describe_segments
 from scripts.checkpoint import load_weights
-from scripts.commandline import refuse_unknown, root_cause
+from scripts.commandline import refuse_unknown
 from scripts.contexts import ContextSet
+from scripts.data.files import read_json
 from scripts.data.nnunet import NnunetDataset
 from scripts.inferer import ICLInferer
-from scripts.manifest import ROOT, file_sha256
+from scripts.manifest import file_sha256
+from scripts.options import normalise
+from scripts.workflow import plain_errors, start_workflow
 
 WEIGHTS = "model.pt"
 CONTEXTS = "contexts"
@@ -58,21 +59,16 @@ def make_predictor(weights: Path, context_dir: Path, options: Mapping[str, Any])
         FileNotFoundError: no weights or no contexts.
     """
     refuse_unknown(list(options), dict.fromkeys(MAY_BE_SET))
-    fixed = {
-        "bundle_root": str(ROOT),
+    given = {name: normalise(name, value) for name, value in options.items()}
+    given |= {
         "checkpoint": str(weights),
         "context_dir": str(context_dir),
         "record": None,
         "context#similar_record": None,
     }
-    try:
-        workflow = ConfigWorkflow(
-            str(ROOT / "configs" / "inference.json"), logging_file=False, workflow_type="infer", **options, **fixed
-        )  # fmt: skip
-        workflow.initialize()
+    workflow = start_workflow("inference.json", given)
+    with plain_errors():
         inferer = workflow.parser.get_parsed_content("inferer")
-    except RuntimeError as error:
-        raise root_cause(error) from None
     load_weights(inferer.network, weights)
     _ = inferer.label_values  # reads the contexts
     return inferer
@@ -164,10 +160,4 @@ class ModelFolder:
         file = self.path / name
         if not file.is_file():
             return default
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file} cannot be read as JSON ({error})") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{file} must hold one JSON object")
-        return content
+        return read_json(file, dict, "it must hold one JSON object")

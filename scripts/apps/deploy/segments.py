@@ -8,11 +8,12 @@ anatomy is guessed from a name.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from scripts.data.files import DatasetError, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +77,13 @@ def describe_segments(
 
 def _read_codes(path: Path) -> dict[int, Segment]:
     try:
-        groups = json.loads(path.read_text(encoding="utf-8"))[_ATTRIBUTES]
+        groups = read_json(path, dict, "expected dcmqi's form", "is not in dcmqi's form")[_ATTRIBUTES]
         entries = [entry for group in groups for entry in (group if isinstance(group, list) else [group])]
         found = [_read_entry(entry) for entry in entries]
     except KeyError as error:
         raise ValueError(f"{path}: no {error.args[0]}; it must be in dcmqi's form") from error
+    except DatasetError:
+        raise
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not in dcmqi's form ({error})") from error
     twice = sorted({segment.label for segment in found if sum(segment.label == s.label for s in found) > 1})

@@ -14,7 +14,6 @@ For research use only. Not a medical device.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -30,12 +29,14 @@ from scripts.apps.deploy.model_folder import (
     ModelFolder,
     make_predictor,
 )
-from scripts.atomic import put_folder_in_place, write_json, write_text
+from scripts.atomic import write_json, write_text
 from scripts.commandline import main
+from scripts.data.files import read_json
 from scripts.data.nnunet import find_datasets
 from scripts.inferer import ICLInferer
 from scripts.manifest import ROOT, revision
 from scripts.options import flag, normalise
+from scripts.output_folder import check_folder, put_folder_in_place
 
 _CODE = ("configs/inference.json", "configs/metadata.json", "LICENSE")
 _HERE = Path(__file__).resolve().parent
@@ -73,7 +74,7 @@ def stage(
         refine: as in inference.json.
         amp: as in inference.json.
         seed: as in inference.json.
-        overwrite: replace output_dir.
+        overwrite: replace output_dir, if this program made it and nobody added to it.
 
     Raises:
         FileExistsError: output_dir is not empty.
@@ -92,8 +93,7 @@ def stage(
         "seed": seed,
     }
     options = {name: normalise(name, value) for name, value in options.items()}
-    if folder.exists() and any(folder.iterdir()) and not flag(overwrite):
-        raise FileExistsError(f"{folder} is not empty: give another --output_dir or --overwrite true")
+    check_folder(folder, flag(overwrite))
     chosen = make_predictor(Path(checkpoint), Path(context_dir), options)
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}.") as work:
@@ -148,7 +148,7 @@ def _copy_model(folder: Path, chosen: ICLInferer, checkpoint: Path, context_dir:
             shutil.copyfile(source, folder / CONTEXTS / inside / source.name)
     description = dataset.root / "dataset.json"
     if description.is_file():
-        content = json.loads(description.read_text(encoding="utf-8"))
+        content = read_json(description, dict, "expected nnU-Net's description of a dataset")
         write_json(content | {"numTraining": len(context)}, folder / CONTEXTS / "dataset.json")
     shutil.copyfile(checkpoint, folder / WEIGHTS)
     fixed = {"spacing": context.preprocessing.spacing_mm}  # fits all candidates, of which not all are copied

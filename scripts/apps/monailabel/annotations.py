@@ -104,9 +104,10 @@ class Annotations:
 
 def given_names(info: dict[str, Any]) -> dict[int, str]:
     """Label number -> name in what a viewer says of a label: ``label_info``, a list of names with ``idx`` or ``id``."""
-    entries = info.get("label_info") or ()
+    entries = info.get("label_info")
+    entries = entries if isinstance(entries, list) else ()
     numbered = ((entry.get("idx", entry.get("id")), entry.get("name")) for entry in entries if isinstance(entry, dict))
-    return {number: str(name) for number, name in numbered if isinstance(number, int) and name}
+    return {number: str(name) for number, name in numbered if type(number) is int and name}
 
 
 def name_of_file(path: str | Path) -> tuple[str, int, int]:

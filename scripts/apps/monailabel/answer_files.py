@@ -35,7 +35,7 @@ def write_answer(answer: MetaTensor, source: str | Path, ending: str | None = No
         ValueError: another ending.
     """
     named = next((known for known in ENDINGS if str(source).lower().endswith(known)), ENDINGS[0])
-    ending = (ending or named).lower()
+    ending = str(ending or named).lower()
     if ending not in ENDINGS:
         raise ValueError(f"result_extension must be one of {', '.join(ENDINGS)}, got {ending!r}")
     folder = Path(tempfile.mkdtemp(prefix="neuroverse3d_"))

@@ -12,7 +12,7 @@ if str(BUNDLE) not in sys.path:  # MONAI Label loads this file by its path, thro
 
 from monailabel.config import settings  # noqa: E402
 from monailabel.interfaces.app import MONAILabelApp  # noqa: E402
-from monailabel.interfaces.datastore import Datastore  # noqa: E402
+from monailabel.interfaces.datastore import Datastore, DefaultLabelTag  # noqa: E402
 from monailabel.interfaces.tasks.infer_v2 import InferTask  # noqa: E402
 from monailabel.interfaces.tasks.strategy import Strategy  # noqa: E402
 from monailabel.interfaces.tasks.train import TrainTask  # noqa: E402
@@ -20,12 +20,15 @@ from monailabel.tasks.activelearning.random import Random  # noqa: E402
 
 from scripts.apps.monailabel.annotations import RECORD, Annotations  # noqa: E402
 from scripts.apps.monailabel.checked_datastore import CheckedDatastore  # noqa: E402
+from scripts.apps.monailabel.guard import protect  # noqa: E402
 from scripts.apps.monailabel.infer import InContextSegmentation  # noqa: E402
 from scripts.apps.monailabel.model_folder import ModelFolder  # noqa: E402
 from scripts.apps.monailabel.predictors import Predictors, app_options  # noqa: E402
+from scripts.apps.monailabel.sessions import CheckedSessions  # noqa: E402
 from scripts.apps.monailabel.statuses import NotFoundError, clear_statuses  # noqa: E402
 from scripts.apps.monailabel.strategy import LeastConfident  # noqa: E402
 from scripts.apps.monailabel.train import FineTuning  # noqa: E402
+from scripts.apps.monailabel.uploads import check_file, check_tag, is_received, leads_elsewhere  # noqa: E402
 
 MODEL = "neuroverse3d"
 
@@ -83,15 +86,55 @@ class InContextApp(MONAILabelApp):
         return {"least_confident": LeastConfident(self.predictors), "random": Random()}
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
-        """A proposal; errors as HTTP statuses."""
+        """A proposal for a scan of the studies, or one that was sent for this; errors as HTTP statuses."""
         with clear_statuses():
-            image = str(request.get("image") or "")
-            known = (datastore or self.datastore()).get_image_uri(image)
-            if not known and not Path(image).is_file():
-                raise NotFoundError(f"no image {image!r} among the studies")
-            if known and not request.get("save_label"):  # else a file of the id's name where the server runs is taken
-                request = request | {"image": known}
-            return super().infer(request, datastore)
+            store, image = datastore or self.datastore(), request.get("image")
+            tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL.value
+            check_tag(tag)
+            path, known = self._scan(store, image)
+            # saved here: the base class looks for the id among the files where the server runs
+            answer = super().infer(request | {"image": path, "save_label": False}, store)
+            if known and request.get("save_label"):
+                said = {"model": request["model"], "params": answer["params"]}
+                answer["label"] = store.save_label(image, answer["file"], tag, said)
+            return answer
+
+    def infer_wsi(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
+        """There are no whole slide images here."""
+        with clear_statuses():
+            raise NotFoundError("no whole slide images")
+
+    def _scan(self, store: Datastore, image: Any) -> tuple[str, bool]:
+        """Path of a scan, and whether it is one of the studies.
+
+        Raises:
+            NotFoundError: it is neither that nor one that was sent.
+            ValueError: what was sent is no scan.
+        """
+        if isinstance(image, str):
+            sent = (session.image for session in (self.sessions() or {}).values())
+            if is_received(image) or image in sent:
+                check_file(image)
+                return image, False
+            if not leads_elsewhere(image) and (path := store.get_image_uri(image)):
+                return path, True
+        raise NotFoundError(f"no image {image!r} among the studies")
+
+    def bundle_path(self, model: str) -> str:
+        """What background processes import from: never the ``bundle_path`` that a client sends."""
+        return str(BUNDLE)
+
+    def on_init_complete(self) -> None:
+        """The server has started."""
+        from monailabel.app import app as server  # imports the whole server, which background processes do without
+
+        protect(server)
+        super().on_init_complete()
+
+    def _load_sessions(self, load: bool = False) -> CheckedSessions | None:
+        if not load:
+            return None
+        return CheckedSessions(settings.MONAI_LABEL_SESSION_PATH, settings.MONAI_LABEL_SESSION_EXPIRY)
 
     def train(self, request: dict[str, Any]) -> dict[str, Any]:
         """Fine-tune; errors as HTTP statuses."""

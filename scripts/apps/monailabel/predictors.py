@@ -11,26 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from fire.parser import DefaultParseValue
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.data import MetaTensor
 
 from scripts.apps.monailabel.annotations import Annotated, Annotations, name_of_file
 from scripts.apps.monailabel.model_folder import CURRENT, ModelFolder
 from scripts.apps.monailabel.statuses import SameScanError, TooFewAnnotationsError, WeightsError
 from scripts.checkpoint import load_weights
-from scripts.commandline import root_cause
 from scripts.confidence import ConfidentInferer
+from scripts.manifest import ROOT
 from scripts.options import OPTIONS, normalise
-
-BUNDLE = Path(__file__).resolve().parents[3]
+from scripts.workflow import give, plain_errors, start_workflow
 
 DEFAULTS: dict[str, Any] = {"context_selection": "similar", "mini_context_size": 1}
 """Where the app differs from ``inference.json``: contexts are chosen for each scan, and with pairs that run one by
 one what is kept of one serves every scan, whichever contexts go with it."""
 
 _OWN = {"dataset_dir", "context_dir", "context_images", "context_labels", "context_file", "checkpoint", "output_dir",
-        "split_file", "target_split", "shard", "overlays", "probabilities", "overwrite", "task", "self_test",
-        "skip_bad_cases", "channel", "context_label_channel", "help", "debug"}  # fmt: skip
+        "split_file", "fold", "subject_pattern", "target_split", "shard", "overlays", "probabilities", "overwrite",
+        "task", "self_test", "skip_bad_cases", "channel", "context_label_channel", "help", "debug"}  # fmt: skip
 """Options of ``inference.json`` that the app decides on, or that are of no use to it."""
 
 _KEPT = 2
@@ -46,8 +45,8 @@ def app_options(conf: Mapping[str, str]) -> dict[str, Any]:
     Raises:
         ValueError: a value makes no sense, or it is an option that the app itself decides on.
     """
-    known = ConfigWorkflow(str(BUNDLE / "configs" / "inference.json"), workflow_type="infer", logging_file=False)
-    given = {name: value for name, value in conf.items() if name in OPTIONS and name in known.parser.config}
+    known = ConfigParser.load_config_file(str(ROOT / "configs" / "inference.json"))
+    given = {name: value for name, value in conf.items() if name in OPTIONS and name in known}
     if refused := sorted(given.keys() & _OWN):
         raise ValueError(f"--conf {refused[0]} cannot be set: the app decides on it")
     return DEFAULTS | {name: normalise(name, DefaultParseValue(value)) for name, value in given.items()}
@@ -139,8 +138,11 @@ class Predictors:
     def _make(self, weights: Path, annotated: Annotated) -> ConfidentInferer:
         """``inference.json``'s predictor around these annotations; pairs that are known already are not read again."""
         parser = self._configuration(weights).parser
-        parser["context_images"] = [case["image"] for case in annotated.cases]
-        parser["context_labels"] = [case["label"] for case in annotated.cases]
+        contexts = {
+            "context_images": [case["image"] for case in annotated.cases],
+            "context_labels": [case["label"] for case in annotated.cases],
+        }
+        give(parser, contexts)
         made = parser.get_parsed_content("confidence")
         for earlier in reversed(self._kept.values()):
             made.inferer.take_over(earlier.inferer)
@@ -152,22 +154,18 @@ class Predictors:
         if self._workflow is None or self._workflow[0] != file:
             self._workflow = None
             self._kept.clear()
-            workflow = ConfigWorkflow(
-                str(BUNDLE / "configs" / "inference.json"),
-                workflow_type="infer",
-                logging_file=False,  # the server has its own
-                bundle_root=str(BUNDLE),
-                checkpoint=str(weights),
-                output_dir=str(self.model_folder.folder),  # for the records of what was found in files
-                **self.options,
-            )
+            given = {
+                "checkpoint": str(weights),
+                "output_dir": str(self.model_folder.folder),  # for the records of what was found in files
+            }
             try:
-                workflow.initialize()
-                network = workflow.parser.get_parsed_content("network")
+                workflow = start_workflow("inference.json", self.options | given)
+                with plain_errors():
+                    network = workflow.parser.get_parsed_content("network")
                 load_weights(network, weights)
             except (RuntimeError, ValueError, OSError) as error:
-                raise WeightsError(str(root_cause(error))) from error
-            workflow.parser["network"] = network
+                raise WeightsError(str(error)) from error
+            give(workflow.parser, {"network": network})
             self._workflow = file, workflow
         return self._workflow[1]
 

@@ -13,6 +13,7 @@ from monailabel.tasks.activelearning.random import Random
 
 from scripts.apps.monailabel.predictors import Predictors
 from scripts.apps.monailabel.statuses import SameScanError, TooFewAnnotationsError
+from scripts.apps.monailabel.uploads import setting
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class LeastConfident(Strategy):
         """
         waiting = sorted(datastore.get_unlabeled_images())
         proposed = {image: _last_proposed(datastore, image, request["strategy"]) for image in waiting}
-        count = max(1, int(request.get("candidates") or CANDIDATES))
+        count = setting("candidates", "val_groups", request.get("candidates") or CANDIDATES)
         try:
             for time in sorted(set(proposed.values())):
                 pool = [image for image in waiting if proposed[image] == time]
@@ -80,4 +81,7 @@ class LeastConfident(Strategy):
 
 def _last_proposed(datastore: Datastore, image: str, strategy: str) -> int:
     """When this strategy proposed a scan, in seconds since 1970; 0 if it never did."""
-    return int(datastore.get_image_info(image).get("strategy", {}).get(strategy, {}).get("ts", 0))
+    found: Any = datastore.get_image_info(image)
+    for name in ("strategy", strategy, "ts"):  # a client may have put anything there
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, int) else 0

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from monai.bundle import ConfigWorkflow
 from monai.data import partition_dataset
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
@@ -14,15 +13,16 @@ from monailabel.interfaces.tasks.train import TrainTask
 from scripts.apps.monailabel.annotations import Annotations
 from scripts.apps.monailabel.model_folder import CURRENT, SHIPPED, ModelFolder
 from scripts.apps.monailabel.statuses import TooFewAnnotationsError
-from scripts.commandline import root_cause
-from scripts.options import flag
-
-BUNDLE = Path(__file__).resolve().parents[3]
+from scripts.apps.monailabel.uploads import setting
+from scripts.workflow import plain_errors, start_workflow
 
 FEWEST = 3
 """Annotations: a target and a context to train with, and one to validate on."""
 
 DATASET = "annotations"
+
+_OPTIONS = {"max_epochs": "epochs", "val_split": "val_fraction"}
+"""Options of the stage that MONAI Label's settings of other names are."""
 
 
 class FineTuning(TrainTask):
@@ -55,7 +55,7 @@ class FineTuning(TrainTask):
         """Train.
 
         Args:
-            request: settings by name, as in :meth:`config`; others are not looked at, for MONAI would evaluate them.
+            request: settings by name, as in :meth:`config`; others are not looked at.
             datastore: not used; the annotations know theirs.
 
         Returns:
@@ -66,19 +66,19 @@ class FineTuning(TrainTask):
             ValueError: settings that make no sense.
         """
         chosen = {name: request.get(name, value) for name, value in self.config().items()}
-        chosen = {name: value[0] if isinstance(value, list) else value for name, value in chosen.items()}
-        start = self.model_folder.named(chosen["start_from"])
-        training, validation = self._parts(float(chosen["val_split"]))
+        chosen = {name: value[0] if value and isinstance(value, list) else value for name, value in chosen.items()}
+        start = self.model_folder.named(chosen.pop("start_from"))
+        chosen = {name: setting(name, _OPTIONS.get(name, name), value) for name, value in chosen.items()}
+        training, validation = self._parts(chosen["val_split"])
         most = len(training) - 1
         options = {
-            "bundle_root": str(BUNDLE),
             "init_checkpoint": str(start),
             "cache_dir": str(self.model_folder.folder / "cache"),
             "split_file": None,
-            "epochs": int(chosen["max_epochs"]),
-            "groups_per_epoch": int(chosen["groups_per_epoch"]),
-            "learning_rate": float(chosen["learning_rate"]),
-            "augment": flag(chosen["augment"]),
+            "epochs": chosen["max_epochs"],
+            "groups_per_epoch": chosen["groups_per_epoch"],
+            "learning_rate": chosen["learning_rate"],
+            "augment": chosen["augment"],
             "context_size": [min(2, most), min(9, most)],
             "val_context_size": min(3, len(training)),
             "val_groups": 3 * len(validation),
@@ -88,19 +88,10 @@ class FineTuning(TrainTask):
         }
         options |= {"device": self.device} if self.device else {}
         run = self._new_folder()
-        workflow = ConfigWorkflow(
-            str(BUNDLE / "configs" / "train_stage2.json"),
-            workflow_type="train",
-            logging_file=False,
-            output_dir=str(run),
-            **options,
-        )
+        workflow = start_workflow("train_stage2.json", options | {"output_dir": str(run)})
         try:
-            workflow.initialize()
-            workflow.run()
-        except RuntimeError as error:
-            cause = root_cause(error)
-            raise cause from (None if cause is error else error)
+            with plain_errors():
+                workflow.run()
         finally:
             workflow.finalize()
         version = self.model_folder.publish(run / "stage2" / "model.pt")

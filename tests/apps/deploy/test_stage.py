@@ -50,7 +50,7 @@ def test_contexts_chosen_for_each_target_are_all_packaged(tmp_path, data, weight
     packaged = staged(tmp_path, data, weights, context_size=2, context_selection="similar")
     context = packaged.predictor().context
     assert len(context) == 6 and context.chooses
-    assert not list((tmp_path / "staged").rglob(".*"))
+    assert [path.name for path in (tmp_path / "staged").rglob(".*")] == [".neuroverse3d"], "its record"
 
 
 def test_the_application_is_complete_and_says_which_revision_it_is(tmp_path, data, weights):

@@ -1,0 +1,39 @@
+"""How much memory this computer, or this container, has left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_UNKNOWN = 8 * 2**30
+
+_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+
+
+def free_host_memory() -> int:
+    """Free bytes of the host, within the limits of its container."""
+    known = [free for free in (_available_on_host(), _left_in_container()) if free is not None]
+    return min(known, default=_UNKNOWN)
+
+
+def _available_on_host() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not a Linux
+        return None
+    fields = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith("kB")}
+    return fields["MemAvailable"] * 1024 if "MemAvailable" in fields else None
+
+
+def _left_in_container() -> int | None:
+    """Of a memory limit such as that of ``docker run --memory`` (control groups, version 2 and 1)."""
+    for limit, used in _CGROUP_FILES:
+        try:
+            text = (_CGROUP / limit).read_text().strip()
+            return None if text == "max" else max(0, int(text) - int((_CGROUP / used).read_text()))
+        except (OSError, ValueError):
+            continue
+    return None

@@ -23,12 +23,14 @@ VOXEL_BUDGET = 100_000
 """Voxels of the working grid, about, unless a spacing is asked for."""
 SEARCH_VOXELS = 18
 """Of the smallest volume along an axis, about, in the search."""
-CANDIDATES = 6
-GOOD_START = 0.5
+CANDIDATES = 4
+import os; DEBUG=os.environ.get('DEBUG')
+GOOD_START = 0.33
 """Correlation after a coarse affine registration from where scans lie, from which on nothing is searched."""
 ALIGNED = 0.25
 """Correlation below which a context counts as not aligned."""
 WINDOW_VOXELS = 5.0
+SEARCH_WINDOW = 4.0
 FLUID_VOXELS = 0.7
 ELASTIC_VOXELS = 1.0
 
@@ -217,6 +219,7 @@ class _Pyramid:
         basis = rigid_basis()
         starts = torch.stack((torch.eye(4, dtype=torch.float64).repeat(count, 1, 1), self.centred()), 1)
         best, score = self.refine(level, starts, every, basis)
+        if DEBUG: print('start', [round(float(x),2) for x in score])
         far = score < GOOD_START
         if far.any():
             which = every[far]
@@ -226,6 +229,7 @@ class _Pyramid:
             found, found_score = self.refine(level, found, which, basis)
             better = found_score > score[far]
             rows = which[better]
+            if DEBUG: print('found', [round(float(x),2) for x in found_score])
             best[rows], score[rows] = found[better], found_score[better]
         moved = warp_features(
             level.contexts, voxel_maps(level, best).to(level.target), voxel_indices(level.grid.shape, level.target)
@@ -270,7 +274,7 @@ class _Pyramid:
         shape = np.max([frame.shape for frame in frames], axis=0).tolist()
         frames = [own.with_spacing(spacing, shape) for _, own in self.pairs]
         images, inside = zip(*(self.on(*pair, frame) for pair, frame in zip(self.pairs, frames, strict=True)), strict=True)
-        windows = (3.0, WINDOW_VOXELS) if len(kinds) > 1 else (WINDOW_VOXELS,)
+        windows = (SEARCH_WINDOW,) if len(kinds) > 1 else (WINDOW_VOXELS,)
         return Level(
             _channels(*self.on(self.image, self.own, grid), kinds, windows),
             grid,

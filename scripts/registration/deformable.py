@@ -46,7 +46,7 @@ def demons(level: Level, affine: Tensor, start: Tensor, iterations: int, fluid: 
         update = separable.apply(update, smooth_update)
         longest = update.square().sum(1, keepdim=True).sqrt()
         update = update * (STEP_LIMIT / longest.clamp(min=STEP_LIMIT))
-        displacement = separable.apply(compose(displacement, update, index), smooth_field)
+        displacement = separable.apply(compose(displacement, update), smooth_field)
     return displacement
 
 
@@ -68,16 +68,23 @@ def warp_features(volumes: Tensor, maps: Tensor, position: Tensor) -> Tensor:
     return sample(volumes, coordinates.transpose(1, 2), position.shape[2:])
 
 
-def compose(displacement: Tensor, update: Tensor, index: Tensor) -> Tensor:
-    """Displacement (K, 3, h, w, d) of ``x -> (x + update) -> + displacement there``, in voxels."""
-    shape = displacement.shape[2:]
-    size = torch.tensor(shape, dtype=index.dtype, device=index.device).view(1, 3, 1, 1, 1)
-    coordinates = (2 * (index + update) + 1) / size - 1
-    return update + sample(displacement, coordinates.flatten(2).transpose(1, 2).flip(-1), shape, padding="border")
+def compose(displacement: Tensor, update: Tensor) -> Tensor:
+    """Displacement (K, 3, h, w, d) of ``x -> (x + update) -> + displacement there``, in voxels.
+
+    To first order in the update, which is short against the smoothness of the displacement: a warp costs more.
+    """
+    slopes = gradient(displacement).unflatten(1, (3, 3))
+    composed = displacement + update
+    for axis in range(3):
+        composed.addcmul_(slopes[:, :, axis], update[:, axis : axis + 1])
+    return composed
 
 
 def folded_share(displacement: Tensor) -> Tensor:
     """Share (K,) of voxels where ``x + displacement`` (K, 3, h, w, d), in voxels, turns space inside out."""
-    columns = [torch.gradient(displacement, dim=axis)[0] for axis in (2, 3, 4)]
-    jacobian = torch.stack(columns, 2).permute(0, 3, 4, 5, 1, 2) + torch.eye(3).to(displacement)
-    return (torch.linalg.det(jacobian) <= 0).float().mean((1, 2, 3))
+    slopes = gradient(displacement).unflatten(1, (3, 3))  # component, axis
+    a, b, c = (slopes[:, i] for i in range(3))
+    determinant = (1 + a[:, 0]) * ((1 + b[:, 1]) * (1 + c[:, 2]) - b[:, 2] * c[:, 1])
+    determinant += a[:, 1] * (b[:, 2] * c[:, 0] - b[:, 0] * (1 + c[:, 2]))
+    determinant += a[:, 2] * (b[:, 0] * c[:, 1] - (1 + b[:, 1]) * c[:, 0])
+    return (determinant <= 0).float().mean((1, 2, 3))

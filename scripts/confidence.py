@@ -22,7 +22,7 @@ from scripts.data.label_decision import score_to_beat, winning_label
 from scripts.ensemble import AXES, AXIS_NAMES, draw_members, mirrored
 from scripts.inference.target import Target
 from scripts.inference.views import EVEN_SHARE, Members, mixed
-from scripts.inferer import ICLInferer, OnLabel, Volume
+from scripts.inferer import ICLInferer, Volume
 from scripts.self_test import MAX_TESTED, dice_in_views, held_out, spread, summary, table
 from scripts.similarity import ContextSimilarity
 
@@ -167,25 +167,25 @@ class ConfidentInferer(Inferer):
     ) -> Tensor:
         """Scores of a preprocessed target, as :class:`ICLInferer`; what was found is in ``target``."""
         target = target or self.predictor.target_on_grid(inputs)
-        self.look(target, network, kwargs.get("on_label"))
+        self.look(target, network)
         return self.predictor.on_grid(target)
 
     def predict(self, image: Volume) -> MetaTensor:
         """Prediction for one target in its own space, as :meth:`ICLInferer.predict`."""
         return self.complete(self.predictor.target(image)).prediction
 
-    def complete(self, target: Target, on_label: OnLabel | None = None) -> Target:
+    def complete(self, target: Target) -> Target:
         """As :meth:`ICLInferer.complete`, with the target's ``confidence``."""
-        return self.predictor.to_native(self.look(target, self.predictor.network, on_label))
+        return self.predictor.to_native(self.look(target, self.predictor.network))
 
-    def look(self, target: Target, network: nn.Module, on_label: OnLabel | None = None) -> Target:
+    def look(self, target: Target, network: nn.Module) -> Target:
         """As :meth:`ICLInferer.look`, with the target's ``confidence``.
 
         That has ``similarity``, ``agreement``, ``expected_dice`` and ``flags``, for ``report.json``.
         """
         if self._prepared_for is not self.predictor.context:
             self.prepare()
-        agreement = self._predict(target, network, on_label=on_label)
+        agreement = self._predict(target, network)
         grid = self.predictor.context.preprocessing.spatial_size
         similarity, unlike = self._similarity(ResizeWithPadOrCrop(grid)(target.image.as_tensor()))
         flags = [f"unlike every context in {' and '.join(unlike)}"] if unlike else []
@@ -207,10 +207,10 @@ class ConfidentInferer(Inferer):
         }
         return target
 
-    def _predict(self, target: Target, network: nn.Module, on_label: OnLabel | None = None) -> dict[int, float]:
+    def _predict(self, target: Target, network: nn.Module) -> dict[int, float]:
         """Scores of the ensemble go into the target; its agreement by label (none for generation tasks)."""
         predictor = self.predictor
-        predictor.look(target, network, on_label)
+        predictor.look(target, network)
         if predictor.task == "generation" and self.ensemble == 1:
             return {}
         by_member = [target.scores]
@@ -257,7 +257,9 @@ class ConfidentInferer(Inferer):
         names: list[str] = []
         dice: dict[float, list[dict[int, float]]] = {share: [] for share in shares}
         agreements: dict[float, list[dict[int, float]]] = {share: [] for share in shares}
-        for number, image, label, counted, labels in held_out(predictor.context, predictor.label_values, progress=self.progress):
+        for number, image, label, counted, labels in held_out(
+            predictor.context, predictor.label_values, progress=self.progress
+        ):
             target = predictor.target(image)
             predictor.prepare_views(target)
             network = predictor.network

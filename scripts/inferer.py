@@ -36,7 +36,7 @@ from scripts.data.volumes import (
 )
 from scripts.distributed import usable_device
 from scripts.inference.alignment import MODES, AlignedContexts
-from scripts.inference.target import Target
+from scripts.inference.target import OnLabel, Target
 from scripts.inference.views import EVEN_SHARE, Episodes, Members, Parts, WholeView, mixed
 from scripts.memory import cache_bytes
 from scripts.networks import Neuroverse3D
@@ -45,9 +45,6 @@ from scripts.passes import Passes
 logger = logging.getLogger(__name__)
 
 Volume = str | Path | np.ndarray | Tensor | MetaTensor | tuple[np.ndarray, np.ndarray]
-
-OnLabel = Callable[[int, int, int], None]
-"""Called with label, labels done and labels in all after every label of a prediction, in every window."""
 
 
 class ICLInferer(Inferer):
@@ -236,17 +233,9 @@ class ICLInferer(Inferer):
         on_grid = self.context.preprocessing.target(scan)
         return Target(scan, on_grid, volume_digest(scan), name, case or {})
 
-    def complete(self, target: Target, on_label: OnLabel | None = None) -> Target:
-        """Look at a target and bring what was found to its own space.
-
-        Args:
-            target: from :meth:`target`.
-            on_label: see there.
-
-        Returns:
-            The target, with ``prediction``.
-        """
-        return self.to_native(self.look(target, self.network, on_label))
+    def complete(self, target: Target) -> Target:
+        """Look at a target from :meth:`target`, and bring what was found to its own space: its ``prediction``."""
+        return self.to_native(self.look(target, self.network))
 
     def __call__(
         self, inputs: Tensor, network: torch.nn.Module, *args: Any, target: Target | None = None, **kwargs: Any
@@ -258,13 +247,13 @@ class ICLInferer(Inferer):
             network: runs the windows (``self.network``, or the caller's own).
             args: not used.
             target: takes what was found; None makes one of ``inputs``, which then is all there is of the scan.
-            kwargs: ``on_label``; others are not used.
+            kwargs: not used.
 
         Returns:
             ``(1, K, h, w, d)`` float32, one channel per label of :attr:`label_values`, 0 outside of every view.
         """
         target = target or self.target_on_grid(inputs)
-        self.look(target, network, kwargs.get("on_label"))
+        self.look(target, network)
         return self.on_grid(target)
 
     def target_on_grid(self, inputs: Tensor) -> Target:
@@ -279,14 +268,14 @@ class ICLInferer(Inferer):
             scan, MetaTensor(scan.as_tensor(), affine=scan.affine, meta=dict(image.meta)), volume_digest(scan)
         )
 
-    def look(self, target: Target, network: torch.nn.Module, on_label: OnLabel | None = None) -> Target:
+    def look(self, target: Target, network: torch.nn.Module) -> Target:
         """Show a target to the network: its ``views``, their ``scores``, and the contexts ``used``."""
         started = time.monotonic()
         self.prepare_views(target)
         members = self.members_of(target)
         target.used = {value: [self.context.names[i] for i in chosen] for value, chosen in members.items()}
         aligned = time.monotonic()
-        target.scores = [mixed(part, self.share) for part in self.parts(target, network, members, on_label)]
+        target.scores = [mixed(part, self.share) for part in self.parts(target, network, members)]
         target.seconds |= {"alignment": round(aligned - started, 3), "network": round(time.monotonic() - aligned, 3)}
         return target
 
@@ -323,24 +312,17 @@ class ICLInferer(Inferer):
             members[value] = context.choose([i for i in pool if among is None or i in among], similarity)
         return members
 
-    def parts(
-        self,
-        target: Target,
-        network: torch.nn.Module,
-        members: Members,
-        on_label: OnLabel | None = None,
-    ) -> list[Parts]:
+    def parts(self, target: Target, network: torch.nn.Module, members: Members) -> list[Parts]:
         """What network and contexts say in each view of a target, on the CPU.
 
         Args:
             target: with its views.
             network: runs the windows.
             members: numbers of the contexts to use, by label.
-            on_label: see there.
         """
 
         def of_window(window: Tensor, episodes: Episodes, asked: Members) -> Tensor:
-            return self._window_scores(window.to(self.device), network, episodes, asked, on_label).cpu()
+            return self._window_scores(window.to(self.device), network, episodes, asked, target.on_label).cpu()
 
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             return [view.parts({v: members[v] for v in view.values}, of_window, self.overlap) for view in target.views]

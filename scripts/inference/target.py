@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from scripts.data.preprocessing import PlacedScores
 from scripts.inference.views import View
+
+OnLabel = Callable[[int, int, int], None]
+"""Called with label, labels done and labels in all."""
 
 
 @dataclass(eq=False)
@@ -33,6 +36,7 @@ class Target:
         warnings: what a reader of the prediction should know.
         prediction: ``(1, H, W, D)`` on the scan's own voxels; None before.
         seconds: what each step took.
+        on_label: told of every label that a window is done with, for whoever waits.
     """
 
     scan: MetaTensor
@@ -49,6 +53,7 @@ class Target:
     warnings: list[str] = field(default_factory=list)
     prediction: MetaTensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    on_label: OnLabel | None = None
 
     @property
     def trusted(self) -> bool:

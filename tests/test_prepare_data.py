@@ -134,7 +134,7 @@ def test_arguments_that_make_no_sense(raw, tmp_path, options, message):
 @pytest.mark.parametrize("content", ["{", "[1]", '{"anterior": 1}'])
 def test_label_names_that_are_none(raw, tmp_path, content):
     (tmp_path / "names.json").write_text(content)
-    with pytest.raises(ValueError, match="names.json: --label_names"):
+    with pytest.raises(ValueError, match="names.json.*: --label_names"):
         prepare(raw, tmp_path, label_names=str(tmp_path / "names.json"))
     with pytest.raises(FileNotFoundError, match="--label_names"):
         prepare(raw, tmp_path, label_names=str(tmp_path / "none.json"))

@@ -127,6 +127,25 @@ class ConfidentInferer(Inferer):
         self._lowest_agreement: dict[int, float] = {}
 
     @property
+    def context(self) -> ContextSet:
+        """The predictor's context set."""
+        return self.predictor.context
+
+    @property
+    def label_values(self) -> list[int]:
+        """As :attr:`ICLInferer.label_values`."""
+        return self.predictor.label_values
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.predictor.device
+
+    def target(self, image: Volume, name: str = "") -> Target:
+        """As :meth:`ICLInferer.target`."""
+        return self.predictor.target(image, name)
+
+    @property
     def settings(self) -> list[Any]:
         """What changes predictions; the seed does so only with an ensemble, the self-test only with alignment."""
         chooses_share = self.self_test and self.predictor.align != "off"

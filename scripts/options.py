@@ -117,7 +117,10 @@ OPTIONS: dict[str, Option] = {
     "shard": Option("text", "run on one part of the targets only: 3/16 is the third of sixteen, for job arrays"),
     "self_test": Option("flag", "predict every context from the others first: what Dice to expect of targets"),
     "ensemble": Option("count", "predictions per target from random halves of the contexts, averaged; 1 is one of all"),
-    "refine": Option("flag", "segmentation: look at each label again at finer voxels where it was found"),
+    "align": Option(
+        "text", "bring contexts to each target: off, affine or deformable; None: deformable, for generation off"
+    ),
+    "refine": Option("flag", "of earlier versions: with align, regions are always looked at in fine voxels"),
     "overlays": Option("flag", "write a picture per case"),
     "probabilities": Option("flag", "also write the scores, a float file per case and label"),
     "prediction_dir": Option("path", "predictions to score, one file per case"),

@@ -219,14 +219,15 @@ def _case_table(cases: list[tuple[str, Mapping[str, Any]]], labels: list[str], f
             ("mm³", "volumes_mm3", _number),
             ("expected Dice", "expected_dice", _dice),
             ("agreement", "agreement", _dice),
-            ("refined at mm", "refined", _refined),
         )
         if any(entry.get(key) for _, entry in shown)
     ]
     similar = any(entry.get("similarity") is not None for _, entry in shown)
+    aligned = any(entry.get("alignment") for _, entry in shown)
     head = [_tag("th", "case"), _tag("th", "flags and warnings", cls="text")]
     head += [_label_head(label, title) for title, _, _ in groups for label in labels]
     head += [_tag("th", "similarity")] if similar else []
+    head += [_tag("th", "aligned contexts", cls="text")] if aligned else []
     head += [_tag("th", "seconds")]
     rows = []
     for name, entry in shown:
@@ -237,6 +238,7 @@ def _case_table(cases: list[tuple[str, Mapping[str, Any]]], labels: list[str], f
             *(cell(entry.get(key, {}).get(label)) for _, key, cell in groups for label in labels),
         ]
         row += [_tag("td", _decimal(entry.get("similarity")))] if similar else []
+        row += [_aligned(entry.get("alignment"))] if aligned else []
         rows.append([*row, _tag("td", f"{entry['seconds']:.1f}")])
     note = "Cases that need a look come first: flagged ones, then those with warnings, then the lowest expected Dice."
     more = f" The first {ROWS:,} of {len(cases):,}; all are in report.json and volumes.csv."
@@ -303,12 +305,17 @@ def _dice(value: float | None) -> Element:
     return _tag("td", _decimal(value), cls="low" if value is not None and value < LOW_DICE else None)
 
 
-def _refined(done: Mapping[str, Any] | None) -> Element:
-    """Voxel size of a label's second pass, or why there was none."""
-    done = done or {}
-    cell = _tag("td", f"{done['spacing_mm']:.2f}" if "spacing_mm" in done else "–")
-    if "kept" in done:
-        cell.set("title", f"stays as it is: {done['kept']}")
+def _aligned(alignment: Mapping[str, Any] | None) -> Element:
+    """How many contexts were aligned, and how alike they are after it; their transforms in words on hovering."""
+    alignment = alignment or {}
+    contexts, left_out = alignment.get("contexts", {}), alignment.get("left_out", [])
+    if not contexts:
+        return _tag("td", "none" if alignment else "–", cls="low text" if alignment else "text")
+    alike = [found["similarity"] for found in contexts.values()]
+    text = f"{len(contexts)} of {len(contexts) + len(left_out)}, similarity {min(alike):.2f} to {max(alike):.2f}"
+    cell = _tag("td", text, cls="text")
+    lines = [f"{name}: {found['similarity']:.2f}, {found['transform']}" for name, found in contexts.items()]
+    cell.set("title", "\n".join([*lines, *(f"{name}: left out" for name in left_out)]))
     return cell
 
 

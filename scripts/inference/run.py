@@ -54,7 +54,7 @@ class InferenceRun(Sequence[Case]):
         inferer: ConfidentInferer,
         checkpoint: str,
         debug: bool = False,
-        refine: bool | None = None,
+        refine: bool = False,
     ) -> None:
         self.targets = targets
         self.results = results
@@ -100,7 +100,7 @@ class InferenceRun(Sequence[Case]):
                 did not write; or a run with others is at work in the folder.
             OSError: the output folder cannot be written.
         """
-        if self.refine is not None:
+        if self.refine:
             logger.info("--refine is of earlier versions: with --align, regions are always looked at in fine voxels")
         targets = self.targets.find()
         self.results.open(targets)

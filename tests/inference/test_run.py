@@ -85,11 +85,10 @@ def failing(monkeypatch, method, case, error):
     """Let a method of the predictor fail at the target of this name."""
     plain = getattr(ICLInferer, method)
 
-    def wrapped(self, *args, **kwargs):
-        image = next(arg for arg in args if hasattr(arg, "meta"))
-        if case in str(image.meta["filename_or_obj"]):
+    def wrapped(self, what, *args, **kwargs):
+        if case in str(getattr(what, "name", what)):
             raise error
-        return plain(self, *args, **kwargs)
+        return plain(self, what, *args, **kwargs)
 
     monkeypatch.setattr(ICLInferer, method, wrapped)
 
@@ -97,9 +96,9 @@ def failing(monkeypatch, method, case, error):
 @pytest.mark.parametrize(
     ("case", "method", "error", "reason"),
     [
-        (NAMES[0], "to_grid", MemoryError(), "MemoryError"),
-        (NAMES[2], "__call__", RuntimeError("out of memory\nand more"), "RuntimeError: out of memory"),
-        (NAMES[4], "answer", ValueError("no such thing"), "no such thing"),
+        (NAMES[0], "target", MemoryError(), "MemoryError"),
+        (NAMES[2], "look", RuntimeError("out of memory\nand more"), "RuntimeError: out of memory"),
+        (NAMES[4], "to_native", ValueError("no such thing"), "no such thing"),
     ],
 )
 def test_a_target_that_fails_on_the_way_is_set_aside(infer, tmp_path, monkeypatch, method, error, reason, case):
@@ -144,7 +143,7 @@ def test_nan_voxels_are_found_when_their_turn_comes(infer, scans, tmp_path):
     voxels = np.ones((8, 8, 8), np.float32)
     voxels[0, 0, 0] = np.nan
     nib.save(nib.Nifti1Image(voxels, np.eye(4)), scans / "nan.nii.gz")
-    with pytest.raises(DatasetError, match="nan: image holds NaN"):
+    with pytest.raises(DatasetError, match="nan: .*nan.nii.gz holds NaN"):
         infer()
     assert sorted(report(tmp_path / "out")["cases"]) == NAMES
 
@@ -182,7 +181,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(infer, tmp_path, mon
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("scripts.inference_run.tempfile.NamedTemporaryFile", full)
+    monkeypatch.setattr("scripts.inference.result_folder.tempfile.NamedTemporaryFile", full)
     with pytest.raises(OSError, match=r"cannot write into .*out \(No space left on device\)"):
         infer()
 
@@ -199,7 +198,7 @@ def test_an_interruption_stops_the_run_and_keeps_what_is_done(infer, tmp_path, m
 
 def test_a_failed_picture_does_not_lose_the_answer(infer, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("scripts.inference_run.overlay_figure", lambda *args, **kwargs: 1 / 0)
+        patch.setattr("scripts.inference.case_report.overlay_figure", lambda *args, **kwargs: 1 / 0)
         found = infer(overlays=True)
     assert sorted(found["cases"]) == NAMES and not found["failed"]
     assert all(
@@ -215,7 +214,7 @@ def test_pictures_show_the_contexts_of_the_case(infer, tmp_path, monkeypatch, co
         shown[title] = names
         raise ValueError("seen")
 
-    monkeypatch.setattr("scripts.inference_run.overlay_figure", figure)
+    monkeypatch.setattr("scripts.inference.case_report.overlay_figure", figure)
     itself = sorted((contexts / "imagesTr").iterdir())[0]
     (tmp_path / "more").mkdir()
     shutil.copy(itself, tmp_path / "more" / "itself.nii.gz")
@@ -281,7 +280,7 @@ def test_runs_over_other_targets_add_to_the_report_and_other_settings_do_not(inf
 
 def test_every_label_is_announced(infer, monkeypatch):
     seen = []
-    monkeypatch.setattr("scripts.inference_run.InferenceRun._show_label", lambda self, *args: seen.append(args))
+    monkeypatch.setattr("scripts.inference.run.InferenceRun._show_label", lambda self, *args: seen.append(args))
     infer()
     assert seen == [(1, 1, 2), (2, 2, 2)] * 5
 

@@ -14,7 +14,8 @@ from monai.deploy.core import Fragment, Image, Operator, OperatorSpec
 
 from scripts.apps.deploy.segments import Segment
 from scripts.data.volumes import VolumeError, volume_digest
-from scripts.inferer import ICLInferer
+from scripts.confidence import ConfidentInferer
+from scripts.inference.target import Target
 
 
 class ICLOperator(Operator):
@@ -33,7 +34,7 @@ class ICLOperator(Operator):
         self,
         fragment: Fragment,
         *args: Any,
-        inferer: ICLInferer,
+        inferer: ConfidentInferer,
         segments: Sequence[Segment],
         record: dict[str, Any],
         **kwargs: Any,
@@ -58,17 +59,17 @@ class ICLOperator(Operator):
         started = time.monotonic()
         volume = as_meta_tensor(image)
         try:
-            answer = self.inferer.predict(volume)
+            target = self.inferer.complete(self.inferer.target(volume))
         except VolumeError as error:
             raise VolumeError(f"series {image.metadata()['name']!r}", error.reason) from error
-        numbers = segment_numbers(answer[0].numpy(), [segment.label for segment in self.segments])
-        self._note(image, volume, numbers, time.monotonic() - started)
+        numbers = segment_numbers(target.prediction[0].numpy(), [segment.label for segment in self.segments])
+        self._note(image, target, numbers, time.monotonic() - started)
         op_output.emit(Image(np.ascontiguousarray(numbers.T), image.metadata()), "seg_image")
 
-    def _note(self, image: Image, volume: MetaTensor, numbers: np.ndarray, seconds: float) -> None:
+    def _note(self, image: Image, target: Target, numbers: np.ndarray, seconds: float) -> None:
         counts = np.bincount(numbers.ravel(), minlength=len(self.segments) + 1)
-        voxel_mm3 = float(np.prod(nib.affines.voxel_sizes(volume.affine.numpy())))
-        self.record["series"] = image.metadata()["series"] | {"image_digest": volume_digest(volume)}
+        voxel_mm3 = float(np.prod(nib.affines.voxel_sizes(target.scan.affine.numpy())))
+        self.record["series"] = image.metadata()["series"] | {"image_digest": target.digest}
         self.record["seconds"] = round(seconds, 3)
         self.record["segments"] = [
             {
@@ -78,7 +79,7 @@ class ICLOperator(Operator):
                 "code": list(segment.kind),
                 "voxels": int(counts[number]),
                 "volume_mm3": round(int(counts[number]) * voxel_mm3, 3),
-                "contexts": self.inferer.used[segment.label],
+                "contexts": target.used[segment.label],
             }
             for number, segment in enumerate(self.segments, 1)
         ]

@@ -15,7 +15,7 @@ from scripts.commandline import refuse_unknown
 from scripts.contexts import ContextSet
 from scripts.data.files import read_json
 from scripts.data.nnunet import NnunetDataset
-from scripts.inferer import ICLInferer
+from scripts.confidence import ConfidentInferer
 from scripts.manifest import file_sha256
 from scripts.options import normalise
 from scripts.workflow import plain_errors, start_workflow
@@ -32,6 +32,7 @@ MAY_BE_SET = (
     "context_size",
     "context_selection",
     "channel",
+    "align",
     "refine",
     "spacing",
     "mini_context_size",
@@ -46,7 +47,7 @@ ANY_MR_SERIES = {"selections": [{"name": "MR", "conditions": {"Modality": "^MR$"
 """Which series are segmented unless ``series.json`` says otherwise, as the SDK's series selector reads it."""
 
 
-def make_predictor(weights: Path, context_dir: Path, options: Mapping[str, Any]) -> ICLInferer:
+def make_predictor(weights: Path, context_dir: Path, options: Mapping[str, Any]) -> ConfidentInferer:
     """The predictor of ``configs/inference.json``, with weights and contexts; no file is written.
 
     Args:
@@ -65,11 +66,12 @@ def make_predictor(weights: Path, context_dir: Path, options: Mapping[str, Any])
         "context_dir": str(context_dir),
         "record": None,
         "context#similar_record": None,
+        "predictor#alignment_record": None,
     }
     workflow = start_workflow("inference.json", given)
     with plain_errors():
         inferer = workflow.parser.get_parsed_content("inferer")
-    load_weights(inferer.network, weights)
+    load_weights(inferer.predictor.network, weights)
     _ = inferer.label_values  # reads the contexts
     return inferer
 
@@ -124,7 +126,7 @@ class ModelFolder:
         """JSON text for the SDK's series selector."""
         return json.dumps(self._read(SERIES, ANY_MR_SERIES))
 
-    def predictor(self) -> ICLInferer:
+    def predictor(self) -> ConfidentInferer:
         """The predictor that the folder makes.
 
         Raises:
@@ -138,15 +140,15 @@ class ModelFolder:
             raise ValueError(f"{self.path}: not as it was packaged ({', '.join(changed)}): package it anew")
         return inferer
 
-    def hashes(self, inferer: ICLInferer) -> dict[str, str]:
+    def hashes(self, inferer: ConfidentInferer) -> dict[str, str]:
         """SHA-256 of the weights and of the context set."""
         return {
             "weights_sha256": file_sha256(self.weights),
             "context_set_sha256": context_set_sha256(inferer.context),
         }
 
-    def segments(self, inferer: ICLInferer) -> list[Segment]:
-        """The segments that answers have, in the order of :attr:`ICLInferer.label_values`.
+    def segments(self, inferer: ConfidentInferer) -> list[Segment]:
+        """The segments that answers have, in the order of :attr:`ConfidentInferer.label_values`.
 
         Raises:
             ValueError: as :func:`describe_segments`.

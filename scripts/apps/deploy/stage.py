@@ -33,7 +33,7 @@ from scripts.atomic import write_json, write_text
 from scripts.commandline import main
 from scripts.data.files import read_json
 from scripts.data.nnunet import find_datasets
-from scripts.inferer import ICLInferer
+from scripts.confidence import ConfidentInferer
 from scripts.manifest import ROOT, revision
 from scripts.options import flag, normalise
 from scripts.output_folder import check_folder, put_folder_in_place
@@ -53,7 +53,7 @@ def stage(
     context_selection: str = "random",
     channel: int = 0,
     spacing: float | None = None,
-    refine: bool = False,
+    align: str | None = None,
     amp: bool = False,
     seed: int = 0,
     overwrite: bool = False,
@@ -71,7 +71,7 @@ def stage(
         context_selection: as in inference.json.
         channel: as in inference.json.
         spacing: as in inference.json.
-        refine: as in inference.json.
+        align: as in inference.json.
         amp: as in inference.json.
         seed: as in inference.json.
         overwrite: replace output_dir, if this program made it and nobody added to it.
@@ -88,7 +88,7 @@ def stage(
         "context_selection": context_selection,
         "channel": channel,
         "spacing": spacing,
-        "refine": refine,
+        "align": align,
         "amp": amp,
         "seed": seed,
     }
@@ -136,7 +136,9 @@ def _left_out(folder: str, names: list[str]) -> set[str]:
     return left_out
 
 
-def _copy_model(folder: Path, chosen: ICLInferer, checkpoint: Path, context_dir: Path, options: dict[str, Any]) -> None:
+def _copy_model(
+    folder: Path, chosen: ConfidentInferer, checkpoint: Path, context_dir: Path, options: dict[str, Any]
+) -> None:
     """Weights, the pairs of the context set as a dataset of its own, and the options that make the same set of it."""
     context = chosen.context
     (dataset,) = find_datasets(context_dir)

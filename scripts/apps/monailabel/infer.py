@@ -77,18 +77,16 @@ class InContextSegmentation(InferTask):
         started = time.monotonic()
         image, weights = str(request["image"]), request.get("weights") or CURRENT
         with self.predictors.for_target(image, weights[0] if isinstance(weights, list) else weights) as prepared:
-            predictor, annotated = prepared.predictor, prepared.annotated
-            answer, warnings = prepared.predict(image)
+            annotated, target = prepared.annotated, prepared.predict(image)
             named = {case["image"]: case["case"] for case in annotated.cases}
-            used = {str(label): [named[path] for path in paths] for label, paths in predictor.inferer.used.items()}
-            found = dict(predictor.found)
+            used = {str(label): [named[path] for path in paths] for label, paths in target.used.items()}
         predicted = time.monotonic()
-        file = write_answer(answer, image, request.get("result_extension"))
+        file = write_answer(target.prediction, image, request.get("result_extension"))
         return file, {
             "label_names": {name: value for value, name in annotated.names.items()},
             "contexts": used,
-            **found,
-            "warnings": _with_ids([*warnings, *annotated.left_out], named),
+            **target.confidence,
+            "warnings": _with_ids([*target.warnings, *annotated.left_out], named),
             "weights": prepared.weights.name,
             "latencies": {
                 "infer": round(predicted - started, 3),

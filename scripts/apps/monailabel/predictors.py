@@ -12,13 +12,13 @@ from typing import Any
 
 from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser, ConfigWorkflow
-from monai.data import MetaTensor
 
 from scripts.apps.monailabel.annotations import Annotated, Annotations, name_of_file
 from scripts.apps.monailabel.model_folder import CURRENT, ModelFolder
 from scripts.apps.monailabel.statuses import SameScanError, TooFewAnnotationsError, WeightsError
 from scripts.checkpoint import load_weights
 from scripts.confidence import ConfidentInferer
+from scripts.inference.target import Target
 from scripts.manifest import ROOT
 from scripts.options import OPTIONS, normalise
 from scripts.workflow import give, plain_errors, start_workflow
@@ -66,22 +66,23 @@ class Prepared:
     annotated: Annotated
     weights: Path
 
-    def predict(self, image: str) -> tuple[MetaTensor, list[str]]:
-        """Answer for the target, and what its reader should know.
+    def predict(self, image: str) -> Target:
+        """The target with its prediction, and with ``warnings`` for its reader.
 
         Raises:
             SameScanError: it is in all annotations, under another name.
             ValueError: the file cannot be used.
         """
-        answer, inferer = self.predictor.predict(image), self.predictor.inferer
-        warnings = inferer.context.warnings(inferer.label_values)
-        if alone := [str(label) for label, used in inferer.used.items() if not used]:
-            if len(alone) == len(inferer.used):
+        target = self.predictor.complete(self.predictor.target(image))
+        warnings = self.predictor.context.warnings(self.predictor.label_values)
+        if alone := [str(label) for label, used in target.used.items() if not used]:
+            if len(alone) == len(target.used) and target.trusted:
                 raise SameScanError("the finished annotations are of this very scan: annotate another one")
             warnings.append(f"no other scan has label {', '.join(alone)}: left empty")
-        elif not answer.any():
-            warnings.append("nothing was found: the answer is all background")
-        return answer, warnings
+        elif not target.prediction.any():
+            warnings.append("nothing was found: the prediction is all background")
+        target.warnings = [*warnings, *target.warnings]
+        return target
 
 
 class Predictors:
@@ -143,9 +144,9 @@ class Predictors:
             "context_labels": [case["label"] for case in annotated.cases],
         }
         give(parser, contexts)
-        made = parser.get_parsed_content("confidence")
+        made = parser.get_parsed_content("inferer")
         for earlier in reversed(self._kept.values()):
-            made.inferer.take_over(earlier.inferer)
+            made.predictor.take_over(earlier.predictor)
         return made
 
     def _configuration(self, weights: Path) -> ConfigWorkflow:

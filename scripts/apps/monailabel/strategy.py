@@ -70,8 +70,8 @@ class LeastConfident(Strategy):
         for image, path in images.items():
             try:
                 with self.predictors.for_target(path) as prepared:
-                    prepared.predict(path)
-                    found[image] = float(np.mean(list(prepared.predictor.found["agreement"].values())))
+                    agreement = prepared.predict(path).confidence["agreement"]
+                    found[image] = float(np.mean(list(agreement.values())))
             except ValueError as error:
                 if isinstance(error, TooFewAnnotationsError) and not isinstance(error, SameScanError):
                     raise

@@ -12,10 +12,10 @@ from typing import Any
 from scripts.apps.deploy.segments import Segment, describe_segments
 from scripts.checkpoint import load_weights
 from scripts.commandline import refuse_unknown
+from scripts.confidence import ConfidentInferer
 from scripts.contexts import ContextSet
 from scripts.data.files import read_json
 from scripts.data.nnunet import NnunetDataset
-from scripts.confidence import ConfidentInferer
 from scripts.manifest import file_sha256
 from scripts.options import normalise
 from scripts.workflow import plain_errors, start_workflow

@@ -31,9 +31,9 @@ from scripts.apps.deploy.model_folder import (
 )
 from scripts.atomic import write_json, write_text
 from scripts.commandline import main
+from scripts.confidence import ConfidentInferer
 from scripts.data.files import read_json
 from scripts.data.nnunet import find_datasets
-from scripts.confidence import ConfidentInferer
 from scripts.manifest import ROOT, revision
 from scripts.options import flag, normalise
 from scripts.output_folder import check_folder, put_folder_in_place

@@ -66,6 +66,21 @@ def infer(data, weights, tmp_path):
     return run
 
 
+@pytest.fixture
+def repeated_here(monkeypatch):
+    """``reproduce`` repeats runs in this process."""
+    run = subprocess.run
+
+    def in_this_process(command, **options):
+        if "--config_file" not in command:
+            return run(command, **options)
+        config, given = command[command.index("--config_file") + 1], command[command.index("--given_file") + 1]
+        run_given(config, given)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("scripts.reproduce.subprocess.run", in_this_process)
+
+
 def test_inference_and_evaluation(data, infer, tmp_path):
     report = infer(context_dir=str(data / "in"), context_size=3)
     assert sorted(report["cases"]) == sorted(NAMES) and not report["failed"]
@@ -95,22 +110,12 @@ def test_contexts_by_file_and_by_folders(data, infer):
     assert len(infer(**folders, overlays=False, overwrite=True)["cases"]) == len(NAMES)
 
 
-def test_training_and_its_repetition(data, tmp_path, monkeypatch, capsys):
+def test_training_and_its_repetition(data, tmp_path, repeated_here, capsys):
     options = SMALL | {"dataset_dir": str(data / "in"), "output_dir": str(tmp_path / "out"), "val_fraction": 0.35}
     run_workflow("train_stage1", **options | {"epochs": 1})
     split = json.loads((tmp_path / "out" / "stage1" / "splits.json").read_text())
     assert CODE in json.dumps(split).replace('\\"', '"')
 
-    run = subprocess.run
-
-    def in_this_process(command, **options):
-        if "--config_file" not in command:
-            return run(command, **options)
-        config, given = command[command.index("--config_file") + 1], command[command.index("--given_file") + 1]
-        run_given(config, given)
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr("scripts.reproduce.subprocess.run", in_this_process)
     reproduce(str(tmp_path / "out" / "stage1"), str(tmp_path / "a#b"))  # a new folder is no id either
     assert "3 results are identical" in capsys.readouterr().out
 
@@ -123,7 +128,7 @@ def test_training_and_its_repetition(data, tmp_path, monkeypatch, capsys):
             reproduce(str(manifest.parent), str(tmp_path / name))
 
 
-def test_cases_that_an_application_gives_train(data, tmp_path):
+def test_cases_that_an_application_gives_train(data, tmp_path, repeated_here, capsys):
     cases = [
         {
             "image": str(data / "imagesTr" / f"{name}.nii.gz"),
@@ -140,6 +145,8 @@ def test_cases_that_an_application_gives_train(data, tmp_path):
     workflow.finalize()
     manifest = json.loads((tmp_path / CODE / "a#b" / "stage1" / MANIFEST).read_text())
     assert manifest["options"]["train::dataset::data"] == cases[:5] and manifest["data"]["cases"] == len(NAMES)
+    reproduce(str(tmp_path / CODE / "a#b" / "stage1"), str(tmp_path / "again"))
+    assert "3 results are identical" in capsys.readouterr().out
 
 
 def test_prepare_data(data, tmp_path):

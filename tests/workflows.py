@@ -6,7 +6,7 @@ from typing import Any
 
 from monai.bundle import ConfigWorkflow
 
-from scripts.commandline import root_cause
+from scripts.workflow import plain_errors
 
 SMALL = {
     "channels": [4, 8],
@@ -30,9 +30,7 @@ def run_workflow(config: str, **options: Any) -> ConfigWorkflow:
         options.setdefault("align", "off")  # where contexts are brought to targets, tests say so
     workflow = ConfigWorkflow(f"configs/{config}.json", workflow_type=kind, **options)
     workflow.initialize()
-    try:
+    with plain_errors():
         workflow.run()
-    except RuntimeError as error:
-        raise root_cause(error) from None
     workflow.finalize()
     return workflow

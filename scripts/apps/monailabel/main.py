@@ -18,7 +18,7 @@ from monailabel.interfaces.tasks.strategy import Strategy  # noqa: E402
 from monailabel.interfaces.tasks.train import TrainTask  # noqa: E402
 from monailabel.tasks.activelearning.random import Random  # noqa: E402
 
-from scripts.apps.monailabel.annotations import RECORD, Annotations  # noqa: E402
+from scripts.apps.monailabel.annotations import FINAL, RECORD, Annotations  # noqa: E402
 from scripts.apps.monailabel.checked_datastore import CheckedDatastore  # noqa: E402
 from scripts.apps.monailabel.guard import protect  # noqa: E402
 from scripts.apps.monailabel.infer import InContextSegmentation  # noqa: E402
@@ -91,6 +91,8 @@ class InContextApp(MONAILabelApp):
             store, image = datastore or self.datastore(), request.get("image")
             tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL.value
             check_tag(tag)
+            if request.get("save_label") and tag == FINAL:
+                raise ValueError(f"a proposal is not saved as {FINAL!r}: look at it, and submit it as an annotation")
             path, known = self._scan(store, image)
             # saved here: the base class looks for the id among the files where the server runs
             answer = super().infer(request | {"image": path, "save_label": False}, store)

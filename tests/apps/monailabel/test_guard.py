@@ -89,7 +89,7 @@ def test_no_tag_or_name_leads_out_of_the_studies(door, tmp_path):
 
     assert save(door, "case_02", studies.label("case_02")).status_code == 200
     before = everything(tmp_path)
-    for tag in ("..", "../..", 5, ["final"], {"$x": 1}):
+    for tag in ("..", "../..", 5, ["final"], {"$x": 1}, "final"):  # nor does a proposal replace an annotation
         assert infer(door, "case_00", label_tag=tag, save_label=True).status_code == 422, tag
     assert everything(tmp_path) == before
     assert infer(door, "case_00", save_label=True, label_tag="draft").status_code == 200

@@ -15,7 +15,7 @@ import torch
 from monai.data import MetaTensor
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
-from scripts.data import volumes
+from scripts.data import conversion, volumes
 from scripts.data.collection import Collection
 from scripts.data.episodes import IGNORED, EpisodeDataset, collate_groups
 from scripts.data.integrity import inspect_cases
@@ -101,7 +101,7 @@ def big(values, image):
 def test_large_label_values_keep_their_integers(make_dataset, change_labels, infer, tmp_path):
     root = make_dataset(tmp_path / "data", labels={"background": 0, "first": BIG[0], "second": BIG[1]})
     change_labels(root, big)
-    report = infer(root / "imagesTr" / "case_00_0000.nii.gz", root)
+    report = infer(root / "imagesTr" / "case_00_0000.nii.gz", root, overlays=True, refine=True)
     (case,) = report["cases"].values()
     assert {int(label) for label in case["volumes_mm3"]} == set(BIG)
     assert values_of(next((tmp_path / "out").glob("*.nii.gz"))) - {0} == {BIG[0]}  # of equals the first wins
@@ -406,6 +406,16 @@ def test_a_damaged_context_ends_the_run_and_a_damaged_reference_the_evaluation(m
         evaluate(tmp_path / "whole", root / "labelsTr")
     with pytest.raises(DatasetError, match=r"case_00: label .* cannot be read \(damaged"):
         run_workflow("train_stage1", dataset_dir=str(root), output_dir=str(tmp_path / "run"), **SMALL)
+
+
+def test_damaged_4d_files_are_not_split(write_nifti, tmp_path):
+    voxels = np.random.default_rng(0).integers(0, 99, (8, 8, 8, 2)).astype(np.int16)
+    path = write_nifti(tmp_path / "raw" / "a_img.nii.gz", voxels)
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(VolumeError, match=r"a_img\.nii\.gz cannot be read \(damaged: CRC check failed"):
+        conversion._split(path, [tmp_path / "0.nii.gz", tmp_path / "1.nii.gz"])
 
 
 @pytest.mark.parametrize(("tail", "accepted"), [("member", True), ("zeros", True), ("garbage", False), ("bad", False)])

@@ -26,7 +26,7 @@ from scripts.data.grids import on_axes_of
 from scripts.data.integrity import inspect_cases, sound_cases
 from scripts.data.nnunet import Case, DatasetError
 from scripts.data.pairing import DicomSeries, ImageFile, RawCase, RawDataset
-from scripts.data.volumes import VolumeError, load_labels, load_volume
+from scripts.data.volumes import VolumeError, check_packing, load_labels, load_volume
 from scripts.output_folder import check_folder, put_folder_in_place
 
 _ENDING = ".nii.gz"
@@ -261,6 +261,7 @@ def _write_label(source: Path, path: Path, image: Path | None = None) -> None:
 
 def _split(source: Path, paths: Sequence[Path]) -> None:
     """Write the 3D volumes along a NIfTI file's fourth axis, with its header, stored numbers and their scaling."""
+    check_packing(source)
     try:
         image = nib.load(source)
         stored = image.dataobj.get_unscaled()

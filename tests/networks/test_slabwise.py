@@ -119,8 +119,8 @@ def test_encoded_parts_serve_again():
 def test_gradients_do_not_depend_on_how_the_other_mini_contexts_run(monkeypatch):
     network, *episode = network_and_episode(length=3, batch=1)
     gradients = []
-    for streams in (True, False):
-        if not streams:
+    for in_slabs in (True, False):
+        if not in_slabs:
             monkeypatch.setattr(execution, "slabwise", None)
         network.zero_grad()
         network(*episode, 1).pow(2).mean().backward()

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 try:
-    from scripts.networks import slabwise
-except ImportError:
+    import scripts.networks.slabwise as slabwise
+except ModuleNotFoundError:  # taken away
     slabwise = None
 
 

@@ -1,4 +1,4 @@
-"""The parts of the network in slabs, for prediction in float32 on a CPU; nothing but memory is gained.
+"""The parts of the network in slabs, for prediction in float32 on a CPU.
 
 The same modules and parameters as :mod:`scripts.networks.parts`, computed in *slabs*: a few rows of the first spatial
 axis of every sample, ``(N, R, W, D, C)``. What lies between the input and the output of a residual unit is never a
@@ -16,11 +16,14 @@ from torch import Tensor
 from scripts.networks.blocks import Down, Fusion, ResidualUnit, UpMerge, pairwise
 from scripts.networks.kernels import conv3d
 from scripts.networks.parts import ContextUNet, TargetDecoder, TargetEncoder
+from scripts.networks.winograd import ROWS, winograd_conv, winograd_weights
 
 SLAB_BYTES = 8 * 2**20
 """About the size of a slab: a few of them fit a last-level cache, and freed ones are handed out again at once."""
-FEWEST_ROWS = 4
+FEWEST_ROWS = ROWS
 """Of a slab, however long they are: two of them are copied once more."""
+WINOGRAD_VOXELS = 1024
+"""Below this many voxels per map, transforming the weights costs more than the multiplications it saves."""
 
 Reader = Callable[[int, int], Tensor]
 """Gives the rows from a to b of a map as a slab."""
@@ -166,16 +169,28 @@ def add_convs(unit: ResidualUnit, slabs: Slabs, weight: Tensor, read: Reader, he
 def conv_rows(slabs: Iterable[Tensor], weight: Tensor, bias: Tensor | None, height: int) -> Iterator[Tensor]:
     """3³ convolution with zero padding of a map of ``height`` rows, slabs in, slabs out.
 
-    The last two rows of a slab are kept until the next ones come.
+    Rows wait until the next ones come: two of them are read again, and Winograd's form takes :data:`ROWS` at once.
     """
-    held, received = None, 0
+    held, received, winograd = None, 0, None
     for slab in slabs:
         received += slab.shape[1]
         beyond = torch.zeros_like(slab[:, :1])
         piece = torch.cat([beyond if held is None else held, slab, *([beyond] if received == height else [])], 1)
-        if piece.shape[1] > 2:
-            yield conv_slab(piece, weight, bias)
-        held = piece[:, -2:]
+        made = piece.shape[1] - 2
+        if received < height:
+            made -= made % ROWS
+        if winograd is None and winograd_pays(weight, slab, height):
+            winograd = winograd_weights(weight)
+        if made:
+            ready = piece[:, : made + 2]
+            yield winograd_conv(ready, winograd, bias) if winograd else conv_slab(ready, weight, bias)
+        held = piece[:, made:]
+
+
+def winograd_pays(weight: Tensor, slab: Tensor, height: int) -> bool:
+    """Whether a 3³ convolution of a map of ``height`` rows is quicker, and possible, in Winograd's form."""
+    voxels = slab[:, 0, ..., 0].numel() * height
+    return min(weight.shape[:2]) >= 16 and height % ROWS == 0 and voxels >= WINOGRAD_VOXELS
 
 
 def conv_slab(slab: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:

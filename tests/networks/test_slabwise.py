@@ -20,11 +20,16 @@ def channels_last(x):
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 
-@pytest.fixture(params=[1, 2, 5, 100])
+@pytest.fixture(params=[1, 5, 100])
 def slab_rows(request, monkeypatch):
     """Slabs of a few rows, or of all: a result must not depend on where a map is cut."""
     monkeypatch.setattr(slabwise, "SLAB_BYTES", 0)
     monkeypatch.setattr(slabwise, "FEWEST_ROWS", request.param)
+
+
+@pytest.fixture(params=[0, 10**9], ids=["winograd", "plain"])
+def winograd(request, monkeypatch):
+    monkeypatch.setattr(slabwise, "WINOGRAD_VOXELS", request.param)
 
 
 def plain_residual(unit, x):
@@ -34,7 +39,7 @@ def plain_residual(unit, x):
     return F.gelu(x + y)
 
 
-@pytest.mark.usefixtures("slab_rows")
+@pytest.mark.usefixtures("slab_rows", "winograd")
 @pytest.mark.parametrize("convs", [1, 2, 3])
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("shape", [(16, 16, 5, 4), (16, 12, 3, 3), (5, 6, 4, 2), (4, 1, 2, 3), (16, 2, 1, 1)])
@@ -87,8 +92,8 @@ def network_and_episode(channels=(16, 32, 16, 16), length=5, batch=2, size=16):
     return network, target, images, (images > 0.5).float()
 
 
-@pytest.mark.usefixtures("slab_rows")
-@pytest.mark.parametrize("mini_context_size", [1, 2, 5])
+@pytest.mark.usefixtures("slab_rows", "winograd")
+@pytest.mark.parametrize("mini_context_size", [1, 5])
 def test_prediction_equals_that_with_gradients(mini_context_size):
     network, *episode = network_and_episode()
     modules = network(*episode, 5).detach()  # gradients are on: the modules themselves
@@ -114,8 +119,8 @@ def test_encoded_parts_serve_again():
 def test_gradients_do_not_depend_on_how_the_other_mini_contexts_run(monkeypatch):
     network, *episode = network_and_episode(length=3, batch=1)
     gradients = []
-    for streams in (True, False):
-        if not streams:
+    for in_slabs in (True, False):
+        if not in_slabs:
             monkeypatch.setattr(execution, "slabwise", None)
         network.zero_grad()
         network(*episode, 1).pow(2).mean().backward()

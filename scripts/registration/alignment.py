@@ -18,7 +18,7 @@ from scripts.registration.grids import Grid, canonical, resample, sample
 from scripts.registration.search import search
 from scripts.registration.similarity import KINDS, correlation, features
 
-MODES = ("affine", "deformable")
+MODES = ("search", "affine", "deformable")
 VOXEL_BUDGET = 100_000
 """Voxels of the working grid, about, unless a spacing is asked for."""
 SEARCH_VOXELS = 18
@@ -136,7 +136,7 @@ def align(
     Args:
         target: image (1, H, W, D) with its affine.
         contexts: images alike.
-        mode: ``affine`` or ``deformable``.
+        mode: the last step: ``search`` (coarse, affine), ``affine`` or ``deformable``.
         start: (K, 4, 4) transforms that are about right, as in :attr:`Alignment.affine`; nothing is searched then.
         spacing_mm: voxel size of the working grid; None takes the contexts' own, or what :data:`VOXEL_BUDGET` allows.
 
@@ -227,7 +227,8 @@ def _register(target: _Scan, contexts: Sequence[_Scan], mode: str, spacing: floa
     else:
         affine, kind, searched = _coarse(target, contexts, spacing)
     half = _level(target, contexts, 2 * spacing, (kind,), WINDOW_VOXELS)
-    affine, _, _ = gauss_newton(half, affine, every, AFFINE_ITERATIONS[0])
+    if mode != "search":
+        affine, _, _ = gauss_newton(half, affine, every, AFFINE_ITERATIONS[0])
     level = _level(target, contexts, spacing, (kind,), WINDOW_VOXELS)
     displacement = torch.zeros(len(contexts), 3, *half.grid.shape).to(half.target)
     if mode == "affine":

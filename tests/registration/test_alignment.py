@@ -18,7 +18,7 @@ SIZE_MM = 48.0
 
 
 class Scene:
-    """Smooth random blobs inside an ellipsoid, defined in world coordinates: any pose and voxel size can be rendered."""
+    """Smooth random blobs inside an ellipsoid, in world coordinates: any pose and voxel size can be rendered."""
 
     def __init__(self, seed: int = 0):
         rng = np.random.default_rng(seed)

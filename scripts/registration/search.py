@@ -103,7 +103,7 @@ def search(level: Level, frames: list[Grid], which: Tensor, candidates: int) -> 
         shift = torch.tensor(_unravel(int(places[row, candidate]), padded), dtype=torch.float64)
         shift = torch.where(shift > limit, shift - torch.tensor(padded, dtype=torch.float64), shift)
         frame = frames[int(which[row])].affine
-        turn = frame[:3, :3] @ turns[order[row, candidate]] @ torch.linalg.inv(axes)
+        turn = frame[:3, :3] @ turns[int(order[row, candidate])] @ torch.linalg.inv(axes)
         starts[row, candidate, :3, :3] = turn
         starts[row, candidate, :3, 3] = frame[:3, :3] @ (centre + shift) + frame[:3, 3] - turn @ grid.centre
     return starts, scores.double().cpu()

@@ -64,4 +64,5 @@ def _overlap(rows: int, columns: int, width: float, row_step: float, column_step
     """How much of every window (width, around the centre of the row's cell) lies in every column's cell."""
     centre = (torch.arange(rows, dtype=torch.float64)[:, None] + 0.5) * row_step
     edge = torch.arange(columns, dtype=torch.float64) * column_step
-    return (torch.minimum(centre + width / 2, edge + column_step) - torch.maximum(centre - width / 2, edge)).clamp(min=0)
+    low, high = torch.maximum(centre - width / 2, edge), torch.minimum(centre + width / 2, edge + column_step)
+    return (high - low).clamp(min=0)

@@ -290,8 +290,9 @@ class InferenceRun(Sequence[Case]):
         in_the_way |= self._changed([target for target in targets if target["case"] in known], done)
         if not self.overwrite and not same_run:  # else: written by this very run, which was cut short
             in_the_way |= written
-        corrected = {case for case in known if not self._output.wrote(self._answer(case))}  # a user's own work
-        for case in corrected:
+        # a user's own work, or of a version without record and not to be told from it
+        corrected = {case for case in known if not self._output.wrote(self._answer(case))}
+        for case in filter(lambda case: self._output.has_record_of(self._answer(case)), corrected):
             warnings = [*done[case].get("warnings", ()), _CORRECTED]
             done[case] |= {"warnings": list(dict.fromkeys(warnings))}
         self._todo = [

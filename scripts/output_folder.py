@@ -32,6 +32,7 @@ STATE = ".neuroverse3d"
 """Folder in an output folder, with its record and its locks."""
 _RECORD, _LOCK = "written.jsonl", "lock"
 _TEMPORARY = f"{STATE}-"
+_NAME_BYTES = 150
 _REMEMBERED = {".integrity.json", ".contexts.json"}
 """What runs remember of their inputs, under names of their own."""
 _WAIT_SECONDS, _POLL_SECONDS = 60.0, 0.02
@@ -118,7 +119,7 @@ class OutputFolder:
         path = Path(os.path.abspath(path))
         self.check(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(path.parent, suffix) as temporary:
+        with _temporary(path, suffix) as temporary:
             fill(temporary)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
@@ -419,9 +420,11 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 @contextlib.contextmanager
-def _temporary(folder: Path, suffix: str) -> Iterator[str]:
+def _temporary(later: Path, suffix: str) -> Iterator[str]:
     """A temporary file beside its later place, locked while it is written so that nobody takes it for a leftover."""
-    handle, path = tempfile.mkstemp(dir=folder, prefix=_TEMPORARY, suffix=suffix)
+    # the random part comes after a dot: torch puts what is before it into the file, which is to be the same each time
+    prefix = f"{_TEMPORARY}{os.fsdecode(os.fsencode(later.name)[:_NAME_BYTES])}."
+    handle, path = tempfile.mkstemp(dir=later.parent, prefix=prefix, suffix=suffix)
     _locks.add(handle)
     try:
         with contextlib.suppress(OSError):

@@ -324,7 +324,7 @@ class TrainingRun:
         if idist.get_rank() == 0:
             OutputFolder.of(path).adopt(path)  # a run of this program by its content, wherever it was made
             if content.get("best_of_all"):  # the process may have ended before it wrote them
-                atomic_save(content["network"], self.folder / BEST)
+                atomic_save(self.network.state_dict(), self.folder / BEST)
 
     def _enter_epoch(self, done: Mapping[str, Any], random_state: Mapping[str, Any]) -> None:
         """Go on within an epoch: with its remaining groups, and with the metrics of those that are done."""

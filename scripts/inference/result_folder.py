@@ -172,8 +172,9 @@ class ResultFolder:
         in_the_way |= self._changed([target for target in targets if target["case"] in known], done)
         if not self._overwrite and not same_run:  # else: written by this very run, which was cut short
             in_the_way |= written
-        corrected = {case for case in known if not self._output.wrote(self.prediction(case))}  # a user's own work
-        for case in corrected:
+        # a user's own work, or of a version without record and not to be told from it
+        corrected = {case for case in known if not self._output.wrote(self.prediction(case))}
+        for case in filter(lambda case: self._output.has_record_of(self.prediction(case)), corrected):
             warnings = [*done[case].get("warnings", ()), _CORRECTED]
             done[case] |= {"warnings": list(dict.fromkeys(warnings))}
         todo = [

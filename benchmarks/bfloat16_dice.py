@@ -66,6 +66,6 @@ def _dice(folder: Path, results: Path, amp: str, device: str) -> list[float]:
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main(bfloat16_dice)

@@ -48,6 +48,6 @@ def bfloat16_memory(
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main(bfloat16_memory)

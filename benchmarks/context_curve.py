@@ -46,6 +46,6 @@ def context_curve(
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main(context_curve)

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from benchmarks.unseen_dataset import UnseenCases, interval
 from scripts.checkpoint import load_network
-from scripts.commandline import main
-from scripts.context_source import gather_contexts
 from scripts.data.label_decision import MASK_THRESHOLD
+from scripts.inference.context_source import gather_contexts
 from scripts.networks import Neuroverse3D
+from scripts.runtime.commandline import main
 
 MEANINGS = {
     "shown": "Dice, contexts that show the label",

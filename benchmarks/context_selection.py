@@ -23,13 +23,13 @@ from monai.metrics import compute_dice
 from tqdm import tqdm
 
 from scripts.checkpoint import load_network
-from scripts.commandline import main
-from scripts.context_source import ContextSource
 from scripts.data.collection import read_split
 from scripts.data.nnunet import Case, find_datasets
 from scripts.data.volumes import load_volume
+from scripts.inference.context_source import ContextSource
 from scripts.inferer import ICLInferer
-from scripts.options import flag
+from scripts.runtime.commandline import main
+from scripts.runtime.options import flag
 
 
 def context_selection(

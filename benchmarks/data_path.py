@@ -138,13 +138,13 @@ def made_dataset(dataset_dir: str = "", quick: bool = False) -> Iterator[str]:
     if dataset_dir:
         yield dataset_dir
         return
-    from scripts.data.written_cohorts import write_cohorts
+    from scripts.data.synthesis.cohort_writer import write_cohorts
 
     with tempfile.TemporaryDirectory() as folder:
         yield str(write_cohorts(folder, 1, SUBJECTS, 16 if quick else HEAD, num_labels=1 if quick else 4)[0])
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main(data_path)

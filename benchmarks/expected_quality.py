@@ -1,4 +1,4 @@
-"""How well the expected Dice of ``scripts.confidence`` foretells the real one: a table, correlations and a plot.
+"""How well the expected Dice of ``scripts.inference.confidence`` foretells the real one: table, correlations and plot.
 
     python -m benchmarks.expected_quality --dataset_dir DATA/Dataset004_Hippocampus --checkpoint WEIGHTS.pt \
         --split_file RUN/stage2/splits.json --output_dir OUT
@@ -24,15 +24,15 @@ from scipy.stats import pearsonr, spearmanr
 from tqdm import tqdm
 
 from benchmarks.degradations import DEGRADATIONS
-from scripts.atomic import write_atomically, write_json, write_text
 from scripts.checkpoint import load_network
-from scripts.commandline import main
-from scripts.confidence import ConfidentInferer
-from scripts.context_source import ContextSource
 from scripts.data.volumes import load_volume
 from scripts.evaluation import segmentation_metrics
+from scripts.inference.confidence import ConfidentInferer
+from scripts.inference.context_source import ContextSource
 from scripts.inferer import ICLInferer
-from scripts.options import flag
+from scripts.runtime.atomic_files import write_atomically, write_json, write_text
+from scripts.runtime.commandline import main
+from scripts.runtime.options import flag
 
 PLAIN = "none"
 

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.unseen_dataset import SPLIT_FILE, measure
-from scripts import stop
 from scripts.checkpoint import load_network
-from scripts.commandline import main
+from scripts.runtime import termination as stop
+from scripts.runtime.commandline import main
 
 _OPTIONS = "--augment false --num_workers 0 --groups_per_epoch 20 --val_interval 1000 --context_size [2,6]"
 

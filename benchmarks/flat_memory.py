@@ -122,6 +122,6 @@ def _anonymous_mib() -> float:
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main(flat_memory)

@@ -54,6 +54,6 @@ def forward(
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main(forward)

@@ -1,9 +1,9 @@
 """Whole-head scans made of label maps of real people, as files: a target, and other people's scans as its contexts.
 
 Of the label maps published with SynthSeg (Billot et al. 2023, Medical Image Analysis 86), which hold what lies around
-the brain too. Contrast, partial volume, bias field, blur and noise come from :mod:`scripts.data.contrast`. Every scan
-has a pose and a field of view of its own; world coordinates start from the middle of that field, so that they tell
-nothing of where the head is.
+the brain too. Contrast, partial volume, bias field, blur and noise come from :mod:`scripts.data.synthesis.contrast`.
+Every scan has a pose and a field of view of its own; world coordinates start from the middle of that field, so that
+they tell nothing of where the head is.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from benchmarks.unseen_brains import STRUCTURES
-from scripts.atomic import write_json
-from scripts.data.anatomy import AIR, Anatomy
-from scripts.data.contrast import Contrast, draw_contrast, draw_image
-from scripts.data.draws import Draws
-from scripts.data.label_map_anatomy import LabelMaps, map_names
-from scripts.data.pose import add_lesion, label_table, pool_labels
 from scripts.data.preprocessing import bounding_box
-from scripts.data.synthesis import LESION
+from scripts.data.synthesis.anatomy import AIR, Anatomy
+from scripts.data.synthesis.cohort import LESION
+from scripts.data.synthesis.contrast import Contrast, draw_contrast, draw_image
+from scripts.data.synthesis.label_map_anatomy import LabelMaps, map_names
+from scripts.data.synthesis.seeded_draws import Draws
+from scripts.data.synthesis.subject_pose import add_lesion, label_table, pool_labels
+from scripts.runtime.atomic_files import write_json
 
 HELD_OUT = ("brain_05", "brain_10", "brain_15", "brain_20")
 """People who are targets only."""
@@ -267,7 +267,7 @@ class HeadScenes:
 class LesionScenes(HeadScenes):
     """The same heads with one lesion in each brain, which is the label; somewhere else in everyone.
 
-    Lesions are those of :mod:`scripts.data.pose`, in all scans of an episode either bright or dark.
+    Lesions are those of :mod:`scripts.data.synthesis.subject_pose`, in all scans of an episode either bright or dark.
     """
 
     classes = (LESION,)

@@ -15,9 +15,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts.atomic import write_text
-from scripts.commandline import main
 from scripts.demo import run_bundle
+from scripts.runtime.atomic_files import write_text
+from scripts.runtime.commandline import main
 
 
 def late_unpairing(

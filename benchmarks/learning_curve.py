@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks import unseen_cohorts, unseen_dataset
-from scripts.atomic import write_text
 from scripts.checkpoint import load_network
-from scripts.commandline import main
+from scripts.runtime.atomic_files import write_text
+from scripts.runtime.commandline import main
 
 FIELDS = ("epoch", "cohorts", "cohorts_gain", "aligned", "aligned_gain", "misaligned", "misaligned_gain")
 

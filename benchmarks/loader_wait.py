@@ -17,8 +17,8 @@ import torch
 from benchmarks.data_path import episodes, fill_cache, load, made_dataset
 from benchmarks.networks import NARROW, TINY, make_network
 from benchmarks.paired import Conditions, Side, benchmark, clock, compare
-from scripts.engine import prepare_episode
 from scripts.losses import SmoothL3L1Loss
+from scripts.training.engine import prepare_episode
 
 _WARM_UP_GROUPS = 2
 
@@ -112,6 +112,6 @@ def epoch(
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main(loader_wait)

@@ -121,6 +121,6 @@ def _predictor(
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main(many_labels)

@@ -29,9 +29,9 @@ import numpy as np
 from monai.metrics import compute_dice
 from torch import Tensor, stack
 
-from scripts.atomic import write_json
-from scripts.commandline import main
 from scripts.data.volumes import load_volume
+from scripts.runtime.atomic_files import write_json
+from scripts.runtime.commandline import main
 
 BUNDLE = Path(__file__).resolve().parents[1]
 SPLIT_FILE = Path(__file__).with_name("hippocampus_split.json")

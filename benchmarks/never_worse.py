@@ -23,9 +23,9 @@ import numpy as np
 from benchmarks.head_scenes import CONTEXTS, TARGETS, HeadScenes, LesionScenes
 from benchmarks.unseen_dataset import PARTS, SPLIT_FILE, interval, mean_dice
 from benchmarks.whole_heads import part_settings, segment
-from scripts.atomic import write_json
-from scripts.commandline import main
 from scripts.data.volumes import load_volume
+from scripts.runtime.atomic_files import write_json
+from scripts.runtime.commandline import main
 
 SETS = ("aligned", "contrast", "lesions")
 TOLERANCE = -0.005

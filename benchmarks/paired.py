@@ -28,7 +28,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from scripts.options import flag
+from scripts.runtime.options import flag
 
 BASELINE = "baseline"
 OUTPUT = "benchmarks/results.jsonl"

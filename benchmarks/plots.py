@@ -15,7 +15,7 @@ import matplotlib
 
 from benchmarks.paired import BASELINE, OUTPUT
 from benchmarks.results import latest
-from scripts.atomic import write_atomically
+from scripts.runtime.atomic_files import write_atomically
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 - the backend is chosen before
@@ -91,6 +91,6 @@ def _save(figure: plt.Figure, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main(plots)

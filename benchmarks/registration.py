@@ -16,11 +16,11 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 from monai.data import MetaTensor
+from scripts.atomic import write_json
+from scripts.commandline import main
 from tqdm import tqdm
 
 from benchmarks.unseen_dataset import Pair, UnseenCases, interval, mean_dice
-from scripts.atomic import write_json
-from scripts.commandline import main
 from scripts.registration import MODES, align, vote, vote_weights
 
 LABELS = (1, 2)
@@ -74,8 +74,8 @@ def registration(
                     }
                 )
                 print(
-                    "{alignment:10s} K={context_size:<2d} {step:10s} Dice {dice[0]:.3f} [{dice[1]:.3f}, {dice[2]:.3f}]  "
-                    "{seconds:.2f} s, processors {cpu_seconds:.2f} s  folded {folded:.2%}".format(**rows[-1]),
+                    "{alignment:10s} K={context_size:<2d} {step:10s} Dice {dice[0]:.3f} [{dice[1]:.3f}, {dice[2]:.3f}] "
+                    " {seconds:.2f} s, processors {cpu_seconds:.2f} s  folded {folded:.2%}".format(**rows[-1]),
                     flush=True,
                 )
     if output_file:

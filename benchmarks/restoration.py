@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from benchmarks.unseen_dataset import UnseenCases, interval
 from scripts.checkpoint import load_network
-from scripts.commandline import main
-from scripts.context_source import gather_contexts
 from scripts.data.tasks import find_task
+from scripts.inference.context_source import gather_contexts
+from scripts.runtime.commandline import main
 
 _PURPOSE = 3  # of the random numbers, besides those of benchmarks.unseen_dataset
 

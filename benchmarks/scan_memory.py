@@ -19,8 +19,8 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
-from scripts.commandline import main
 from scripts.inferer import ICLInferer
+from scripts.runtime.commandline import main
 
 
 class Intensities(torch.nn.Module):

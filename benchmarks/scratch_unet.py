@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from benchmarks.unseen_dataset import UnseenCases, interval, mean_dice
 from scripts.checkpoint import load_network
-from scripts.commandline import main
 from scripts.data.preprocessing import PlacedScores
 from scripts.inferer import ICLInferer
+from scripts.runtime.commandline import main
 
 _CHANNELS = (16, 32, 64, 128)
 _BATCH = 2

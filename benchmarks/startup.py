@@ -112,6 +112,6 @@ def until_first_call(options: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main(startup)

@@ -118,6 +118,6 @@ def _absolute(record: Record) -> str:
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main(table)

@@ -53,6 +53,6 @@ def training_step(
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main(training_step)

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from benchmarks.unseen_cohorts import label_scores
 from benchmarks.unseen_dataset import interval
 from scripts.checkpoint import load_network
-from scripts.commandline import main
-from scripts.data.label_map_anatomy import LabelMaps
-from scripts.data.synthesis import show_anatomy
+from scripts.data.synthesis.cohort import show_anatomy
+from scripts.data.synthesis.label_map_anatomy import LabelMaps
+from scripts.runtime.commandline import main
 
 STRUCTURES = {
     "lateral ventricle": (4, 43),

@@ -17,11 +17,11 @@ from tqdm import trange
 
 from benchmarks.unseen_dataset import interval
 from scripts.checkpoint import load_network
-from scripts.commandline import main
 from scripts.data.label_decision import MASK_THRESHOLD
-from scripts.data.label_map_anatomy import LabelMaps, map_names
-from scripts.data.synthesis import LESION, synthesize_cohort
+from scripts.data.synthesis.cohort import LESION, synthesize_cohort
+from scripts.data.synthesis.label_map_anatomy import LabelMaps, map_names
 from scripts.networks import Neuroverse3D
+from scripts.runtime.commandline import main
 
 SEED = 10**6
 """Of the first cohort; those of training begin with the run's seed."""

@@ -24,13 +24,13 @@ from scipy.stats import bootstrap
 from torch import Tensor
 from tqdm import tqdm
 
-from scripts.atomic import write_json
 from scripts.checkpoint import load_network
-from scripts.commandline import main
 from scripts.data.preprocessing import PlacedScores
 from scripts.data.volumes import load_volume
 from scripts.inferer import ICLInferer
 from scripts.networks import Neuroverse3D
+from scripts.runtime.atomic_files import write_json
+from scripts.runtime.commandline import main
 
 SPLIT_FILE = Path(__file__).with_name("hippocampus_split.json")
 PARTS = {"development": "val", "reporting": "test"}

@@ -98,6 +98,6 @@ class _ConvolutionValues(TorchDispatchMode):
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main(volume_time)

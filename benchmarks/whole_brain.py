@@ -16,9 +16,9 @@ import torch
 from monai.data import MetaTensor
 
 from benchmarks.unseen_dataset import mean_dice
-from scripts.commandline import main
 from scripts.data.volumes import load_volume
 from scripts.inferer import ICLInferer
+from scripts.runtime.commandline import main
 
 _TISSUES = 500
 """Numbers from here on are tissues outside of the brain, in the label maps of SynthSeg (Billot et al. 2023)."""

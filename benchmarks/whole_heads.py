@@ -29,10 +29,10 @@ from tqdm import tqdm
 from benchmarks.head_scenes import CONTEXTS, HELD_OUT, TARGETS, HeadScenes, Settings, contrast_name
 from benchmarks.unseen_brains import STRUCTURES
 from benchmarks.unseen_dataset import interval
-from scripts.atomic import write_json
-from scripts.commandline import main
 from scripts.data.volumes import load_volume
-from scripts.report_files import REPORT
+from scripts.reporting.report_files import REPORT
+from scripts.runtime.atomic_files import write_json
+from scripts.runtime.commandline import main
 
 PARTS = {"development": HELD_OUT[:2], "reporting": HELD_OUT[2:]}
 _T1 = 0

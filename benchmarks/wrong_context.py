@@ -18,11 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scripts.checkpoint import load_network
-from scripts.commandline import main
-from scripts.context_source import ContextSource
 from scripts.data.volumes import load_volume
+from scripts.inference.context_source import ContextSource
+from scripts.inference.self_test import leave_one_out, summary
 from scripts.inferer import ICLInferer
-from scripts.self_test import leave_one_out, summary
+from scripts.runtime.commandline import main
 
 
 def wrong_context(

@@ -16,7 +16,7 @@ from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scripts.output_folder import write_csv, write_text
+from scripts.runtime.output_folder import write_csv, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 _DPKG_STATUS = Path("/var/lib/dpkg/status")
@@ -101,6 +101,6 @@ def _debian_packages() -> Iterator[Component]:
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main(bill_of_materials)

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from scripts.networks import Neuroverse3D
-from scripts.options import flag
-from scripts.output_folder import check_file, write_output
+from scripts.runtime.options import flag
+from scripts.runtime.output_folder import check_file, write_output
 
 AUTHORS_GRID = 128
 """Grid of the authors' published weights, voxels per axis."""
@@ -445,6 +445,6 @@ def _first_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main({"convert": convert, "export": export, "compact": compact, "download": download})

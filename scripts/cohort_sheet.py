@@ -13,11 +13,11 @@ from pathlib import Path
 from PIL import Image
 from tqdm import trange
 
-from scripts.data.label_map_anatomy import LabelMaps
-from scripts.data.synthesis import synthesize_cohort
-from scripts.options import flag, normalise
-from scripts.output_folder import check_file
-from scripts.pictures import GroupView, contact_sheet, group_figure, save_png
+from scripts.data.synthesis.cohort import synthesize_cohort
+from scripts.data.synthesis.label_map_anatomy import LabelMaps
+from scripts.reporting.pictures import GroupView, contact_sheet, group_figure, save_png
+from scripts.runtime.options import flag, normalise
+from scripts.runtime.output_folder import check_file
 
 _SIDE_PX = 1200
 
@@ -68,6 +68,6 @@ def cohort_sheet(
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main(cohort_sheet)

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from scripts.stop import exit_on_sigterm
+from scripts.runtime.termination import exit_on_sigterm
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA, CONTEXT, OUT = "/data", "/context", "/out"

@@ -22,14 +22,14 @@ from monai.data import MetaTensor
 from monai.transforms import ScaleIntensityRangePercentiles
 from tqdm import tqdm
 
-from scripts.atomic import write_json
 from scripts.data.integrity import inspect_cases, sound_cases
 from scripts.data.nnunet import Case, find_targets
 from scripts.data.preprocessing import PERCENTILES
 from scripts.data.tasks import Corruption, Setting, find_task
 from scripts.data.volumes import load_volume
-from scripts.options import flag, normalise
-from scripts.output_folder import check_folder, put_folder_in_place
+from scripts.runtime.atomic_files import write_json
+from scripts.runtime.options import flag, normalise
+from scripts.runtime.output_folder import check_folder, put_folder_in_place
 
 
 def corrupt(
@@ -117,6 +117,6 @@ def _write_nifti(volume: Any, source: MetaTensor, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main(corrupt)

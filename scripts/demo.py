@@ -19,9 +19,9 @@ import sys
 import time
 from pathlib import Path
 
-from scripts.data.synthesis import check_range
-from scripts.options import flag
-from scripts.output_folder import OutputFolder, foreign_files
+from scripts.data.synthesis.cohort import check_range
+from scripts.runtime.options import flag
+from scripts.runtime.output_folder import OutputFolder, foreign_files
 
 _COHORT = "--cohorts 1 --num_labels 1 --spatial_size 48 --spacing_mm 2 --spread 0.3 --seed 11"
 GRID = "--spatial_size 32"
@@ -91,6 +91,6 @@ def _run(module: str, options: str) -> None:
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main(demo)

@@ -37,7 +37,7 @@ from scripts.data.grids import grid_difference, on_axes_of
 from scripts.data.label_numbers import count_labels
 from scripts.data.nnunet import ignored_labels
 from scripts.data.volumes import ENDINGS, VolumeError, load_labels, load_volume, strip_ending
-from scripts.output_folder import check_file, write_csv, write_json
+from scripts.runtime.output_folder import check_file, write_csv, write_json
 
 METRICS = {"segmentation": ("dice", "hd95_mm", "nsd_1mm"), "generation": ("psnr_db", "ssim", "mae")}
 VOLUMES = ("reference_volume_mm3", "predicted_volume_mm3")

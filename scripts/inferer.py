@@ -21,8 +21,6 @@ from monai.transforms import MapTransform
 from torch import Tensor
 
 from scripts.checkpoint import load_network
-from scripts.context_source import gather_contexts
-from scripts.contexts import ContextSet
 from scripts.data.preprocessing import resampled
 from scripts.data.volumes import (
     CONSTANT,
@@ -34,13 +32,15 @@ from scripts.data.volumes import (
     volume_digest,
     volume_fault,
 )
-from scripts.distributed import usable_device
 from scripts.inference.alignment import MODES, AlignedContexts
+from scripts.inference.context_source import gather_contexts
+from scripts.inference.contexts import ContextSet
+from scripts.inference.network_passes import Passes
 from scripts.inference.target import OnLabel, Target
 from scripts.inference.views import EVEN_SHARE, Episodes, Members, Parts, WholeView, mixed
-from scripts.memory import cache_bytes
 from scripts.networks import Neuroverse3D
-from scripts.passes import Passes
+from scripts.runtime.memory import cache_bytes
+from scripts.runtime.processes import usable_device
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ The last shard to finish does it by itself; this is for afterwards, or for a loo
 
 from __future__ import annotations
 
-from scripts.options import flag
-from scripts.report_files import REPORT, ReportFiles
-from scripts.shards import this_shard
+from scripts.reporting.report_files import REPORT, ReportFiles
+from scripts.runtime.options import flag
+from scripts.runtime.shards import this_shard
 
 
 def merge_reports(output_dir: str, partial: bool = False) -> None:
@@ -27,6 +27,6 @@ def merge_reports(output_dir: str, partial: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main(merge_reports)

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from scripts.data.bids import pair_bids
-from scripts.data.conversion import write_dataset
-from scripts.data.decathlon import read_decathlon
-from scripts.data.dicom import pair_dicom
+from scripts.data.conversion.bids import pair_bids
+from scripts.data.conversion.dataset_writer import write_dataset
+from scripts.data.conversion.decathlon import read_decathlon
+from scripts.data.conversion.dicom import pair_dicom
+from scripts.data.conversion.pairing import RawDataset, pair_files, pairing_table
 from scripts.data.files import read_json
 from scripts.data.integrity import sound_cases
-from scripts.data.pairing import RawDataset, pair_files, pairing_table
-from scripts.options import flag
+from scripts.runtime.options import flag
 
 _AUTO = "auto"
 _PATTERNS = {  # source: default patterns of images and masks
@@ -133,6 +133,6 @@ def _read_label_names(path: str) -> dict[int, str]:
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main(prepare_data)

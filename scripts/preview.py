@@ -18,11 +18,11 @@ from PIL import Image
 from tqdm import trange
 
 from scripts.data import Collection, EpisodeDataset
+from scripts.data.global_intensity import GlobalIntensityNonlinear
 from scripts.data.tasks import find_task
-from scripts.gin import GlobalIntensityNonlinear
-from scripts.options import flag, normalise
-from scripts.output_folder import OutputFolder
-from scripts.pictures import GroupView, contact_sheet, group_figure, save_png
+from scripts.reporting.pictures import GroupView, contact_sheet, group_figure, save_png
+from scripts.runtime.options import flag, normalise
+from scripts.runtime.output_folder import OutputFolder
 
 _SHEET = "preview.png"
 _GROUPS = "group_*.png"
@@ -144,6 +144,6 @@ def _check_place(folder: Path, overwrite: bool) -> None:
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main(preview)

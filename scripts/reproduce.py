@@ -21,10 +21,10 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from scripts.atomic import write_json
 from scripts.checkpoint import load_state
 from scripts.data.files import read_json
-from scripts.manifest import MANIFEST, ROOT, environment, file_sha256, revision
+from scripts.runtime.atomic_files import write_json
+from scripts.runtime.manifest import MANIFEST, ROOT, environment, file_sha256, revision
 
 GPU_WEIGHT_TOLERANCE = 1e-3
 """On a GPU: largest distance of the weights, relative to their norm, that counts as the same."""
@@ -63,7 +63,7 @@ def reproduce(run_dir: str, output_dir: str) -> None:
     write_json(manifest["config"], config)
     write_json(options | {"output_dir": str(new)}, given)
     threads = {"OMP_NUM_THREADS": str(manifest["environment"]["threads"])}
-    command = [sys.executable, "-m", "scripts.workflow", "--config_file", str(config.absolute())]
+    command = [sys.executable, "-m", "scripts.runtime.workflow", "--config_file", str(config.absolute())]
     command += ["--given_file", str(given.absolute()), "--logging_file", str(ROOT / "configs" / "logging.conf")]
     status = subprocess.run(command, env=os.environ | threads, check=False)
     if status.returncode:
@@ -191,6 +191,6 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main(reproduce)

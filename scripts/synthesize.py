@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from scripts.data.label_map_anatomy import LabelMaps
-from scripts.data.written_cohorts import write_cohorts
-from scripts.options import flag, normalise
+from scripts.data.synthesis.cohort_writer import write_cohorts
+from scripts.data.synthesis.label_map_anatomy import LabelMaps
+from scripts.runtime.options import flag, normalise
 
 
 def synthesize(
@@ -71,6 +71,6 @@ def synthesize(
 
 
 if __name__ == "__main__":
-    from scripts.commandline import main
+    from scripts.runtime.commandline import main
 
     main(synthesize)

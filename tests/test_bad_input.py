@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from scripts import native_nifti
-from scripts.commandline import root_cause
-from scripts.data.written_cohorts import write_cohorts
+from scripts.data.synthesis.cohort_writer import write_cohorts
+from scripts.inference import native_nifti
 from scripts.inferer import ICLInferer
 from scripts.networks import Neuroverse3D
+from scripts.runtime.commandline import root_cause
 from tests.workflows import run_workflow
 
 PAGE = Path("docs/troubleshooting.md").read_text(encoding="utf-8").partition("## Bad input at inference")[2]

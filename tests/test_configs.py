@@ -10,7 +10,7 @@ from monai.bundle import ConfigWorkflow, verify_net_in_out
 from scripts.checkpoint import network_options
 from scripts.losses import MaskImageLoss
 from scripts.networks import Neuroverse3D
-from scripts.options import OPTIONS
+from scripts.runtime.options import OPTIONS
 
 CONFIGS = Path("configs")
 WORKFLOWS = ("train_stage1", "train_stage2", "inference", "evaluate")

@@ -17,13 +17,13 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 from scripts import corrupt as program
-from scripts.atomic import put_folder_in_place
 from scripts.corrupt import corrupt
 from scripts.data.integrity import inspect_cases
 from scripts.data.nnunet import NnunetDataset
-from scripts.data.synthesis import synthesize_cohort
+from scripts.data.synthesis.cohort import synthesize_cohort
 from scripts.data.tasks import TASKS
 from scripts.networks import Neuroverse3D
+from scripts.runtime.atomic_files import put_folder_in_place
 
 CORRUPTIONS = [name for name, task in TASKS.items() if task.reads == "image"]
 OBLIQUE = np.array([[1.2, 0.1, 0, -20], [-0.1, 1.1, 0.2, 5], [0, -0.2, 1.5, 7], [0, 0, 0, 1]])

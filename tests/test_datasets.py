@@ -14,8 +14,8 @@ import torch
 
 from scripts.data.nnunet import DatasetError, find_datasets
 from scripts.networks import Neuroverse3D
-from scripts.options import normalise
 from scripts.prepare_data import prepare_data
+from scripts.runtime.options import normalise
 from tests.workflows import SMALL, run_workflow
 
 BOM = b"\xef\xbb\xbf"

@@ -12,9 +12,9 @@ from scripts.corrupt import corrupt
 from scripts.data import GroupAugmentation
 from scripts.data.rows import Row
 from scripts.data.tasks import TASKS
-from scripts.options import OPTIONS
 from scripts.prepare_data import prepare_data
 from scripts.preview import preview
+from scripts.runtime.options import OPTIONS
 
 PAGES = (Path("README.md"), *sorted(Path("docs").glob("*.md")))
 PAGE_OF = {

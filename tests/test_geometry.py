@@ -22,8 +22,8 @@ from scipy.spatial.transform import Rotation
 from scripts.data.preprocessing import PlacedScores, Preprocessing
 from scripts.data.resampling import closest_axes, grid_axes, sample_linear
 from scripts.data.volumes import AFFINE_TOLERANCE_MM, NIFTI_SPACE_FIELDS, load_volume
+from scripts.inference.native_nifti import native_nifti
 from scripts.inferer import ICLInferer
-from scripts.native_nifti import native_nifti
 
 ORIENTATIONS = [
     np.stack([order, flips], 1)

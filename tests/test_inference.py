@@ -11,8 +11,8 @@ from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 from PIL import Image
 
-from scripts.data.synthesis import synthesize_cohort
-from scripts.data.written_cohorts import write_cohorts
+from scripts.data.synthesis.cohort import synthesize_cohort
+from scripts.data.synthesis.cohort_writer import write_cohorts
 from scripts.inferer import ICLInferer, as_volume
 from scripts.networks import Neuroverse3D
 from tests.workflows import run_workflow

@@ -12,14 +12,14 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from scripts.checkpoint import atomic_save, convert, load_network, to_authors
-from scripts.commandline import refuse_unknown
 from scripts.data import EpisodeDataset, Preprocessing
 from scripts.data.preprocessing import fit_spacing
 from scripts.data.volumes import load_volume
 from scripts.evaluation import Evaluation
 from scripts.networks import Neuroverse3D
-from scripts.options import OPTIONS, normalise
 from scripts.prepare_data import prepare_data
+from scripts.runtime.commandline import refuse_unknown
+from scripts.runtime.options import OPTIONS, normalise
 from tests.workflows import run_workflow
 
 SMALL = {

@@ -14,7 +14,7 @@ from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 
 from scripts.checkpoint import load_network
-from scripts.data.written_cohorts import write_cohorts
+from scripts.data.synthesis.cohort_writer import write_cohorts
 from tests.workflows import SMALL, run_workflow
 
 OPTIONS = SMALL | {"groups_per_epoch": 4, "val_groups": 3, "image_interval": 0}

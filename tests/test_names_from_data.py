@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from scripts.apps.deploy.model_folder import make_predictor
-from scripts.atomic import write_csv
-from scripts.manifest import MANIFEST
 from scripts.networks import Neuroverse3D
 from scripts.prepare_data import prepare_data
 from scripts.reproduce import reproduce
-from scripts.workflow import give, run_given, start_workflow
+from scripts.runtime.atomic_files import write_csv
+from scripts.runtime.manifest import MANIFEST
+from scripts.runtime.workflow import give, run_given, start_workflow
 from tests.workflows import SMALL, run_workflow
 
 CODE = '$__import__("os").environ.__setitem__("CODE_RAN", "1")'

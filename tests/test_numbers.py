@@ -15,18 +15,19 @@ import torch
 from monai.data import MetaTensor
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
-from scripts.data import conversion, volumes
+from scripts.data import volumes
 from scripts.data.collection import Collection
+from scripts.data.conversion.dataset_writer import dataset_writer as conversion
 from scripts.data.episodes import IGNORED, EpisodeDataset, collate_groups
 from scripts.data.integrity import inspect_cases
 from scripts.data.nnunet import DatasetError, NnunetDataset
 from scripts.data.prepared import PreparedCases
 from scripts.data.volumes import VolumeError, load_labels, load_volume
-from scripts.engine import leave_out_ignored, prepare_episode
 from scripts.inferer import ICLInferer
 from scripts.losses import MaskImageLoss, SmoothL3L1Loss
 from scripts.networks import Neuroverse3D
 from scripts.prepare_data import prepare_data
+from scripts.training.engine import leave_out_ignored, prepare_episode
 from tests.workflows import SMALL, run_workflow
 
 BIG = (312782546, 312782550)

@@ -13,11 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from scripts import output_folder
-from scripts.data.written_cohorts import write_cohorts
+from scripts.data.synthesis.cohort_writer import write_cohorts
 from scripts.inferer import ICLInferer
 from scripts.networks import Neuroverse3D
-from scripts.output_folder import STATE, OutputFolder, check_folder, put_folder_in_place, write_output, write_text
+from scripts.runtime import output_folder
+from scripts.runtime.output_folder import (
+    STATE,
+    OutputFolder,
+    check_folder,
+    put_folder_in_place,
+    write_output,
+    write_text,
+)
 from tests.workflows import SMALL, run_workflow
 
 AFFINE = np.diag([2.0, 2.0, 2.0, 1.0])
@@ -195,7 +202,7 @@ def train(contexts, folder, **options):
 @pytest.mark.parametrize("options", [{}, {"resume": True}])
 def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(contexts, tmp_path, monkeypatch, options):
     with monkeypatch.context() as patch:
-        patch.setattr("scripts.training_run.TrainingRun._write", lambda *args, **more: 1 / 0)
+        patch.setattr("scripts.training.training_run.TrainingRun._write", lambda *args, **more: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(contexts, tmp_path)
     assert (tmp_path / "stage1" / "metrics.csv").is_file() and not (tmp_path / "stage1" / "last.pt").exists()

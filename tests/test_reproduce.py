@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.data.written_cohorts import write_cohorts
-from scripts.manifest import MANIFEST, file_sha256
+from scripts.data.synthesis.cohort_writer import write_cohorts
 from scripts.reproduce import compare, differences, reproduce
+from scripts.runtime.manifest import MANIFEST, file_sha256
 from tests.workflows import SMALL, run_workflow
 
 

@@ -9,7 +9,7 @@ from monai.metrics import compute_dice
 
 from benchmarks.unseen_cohorts import label_scores
 from scripts.checkpoint import load_network, read_checkpoint
-from scripts.data.synthesis import synthesize_cohort
+from scripts.data.synthesis.cohort import synthesize_cohort
 
 WEIGHTS = Path("models/model.pt")
 SIZE = (24, 32, 24)

@@ -8,8 +8,8 @@ import pytest
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
 
-from scripts.commandline import _tracking_ids
-from scripts.data.written_cohorts import write_cohorts
+from scripts.data.synthesis.cohort_writer import write_cohorts
+from scripts.runtime.commandline import _tracking_ids
 from tests.workflows import SMALL, run_workflow
 
 OPTIONS = SMALL | {"val_groups": 1, "val_interval": 2}
@@ -78,10 +78,10 @@ def test_tracking_leaves_a_workflow_sound(config, kind, tmp_path):
 
 @pytest.mark.parametrize("typed", [["--tracking", "mlflow"], ["--tracking=mlflow"]])
 def test_what_tracking_adds_may_be_overridden(typed, monkeypatch):
-    monkeypatch.setattr("scripts.commandline.find_spec", lambda name: None)
+    monkeypatch.setattr("scripts.runtime.commandline.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install mlflow"):
         _tracking_ids(["monai.bundle", "run", *typed])
-    monkeypatch.setattr("scripts.commandline.find_spec", lambda name: name)
+    monkeypatch.setattr("scripts.runtime.commandline.find_spec", lambda name: name)
     added = _tracking_ids(["monai.bundle", "run", *typed])
     assert {"experiment_name", "run_name", "tracking_uri", "save_execute_config"} <= set(added)
     assert not {"trainer", "validator", "evaluator"} & set(added)

@@ -14,8 +14,8 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 from scripts.checkpoint import load_network, read_checkpoint
-from scripts.data.written_cohorts import write_cohorts
-from scripts.engine import GroupTrainer, episode_scores, prepare_episode
+from scripts.data.synthesis.cohort_writer import write_cohorts
+from scripts.training.engine import GroupTrainer, episode_scores, prepare_episode
 from tests.workflows import SMALL, run_workflow
 
 

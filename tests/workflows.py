@@ -6,7 +6,7 @@ from typing import Any
 
 from monai.bundle import ConfigWorkflow
 
-from scripts.workflow import plain_errors
+from scripts.runtime.workflow import plain_errors
 
 SMALL = {
     "channels": [4, 8],

@@ -6,7 +6,7 @@ from scripts.data.episodes import EpisodeDataset, GroupSampler, collate_groups
 from scripts.data.nnunet import DatasetError, find_datasets, find_targets
 from scripts.data.prepared import PreparedCases
 from scripts.data.preprocessing import Preprocessing
-from scripts.data.synthetic_source import SyntheticCohorts
+from scripts.data.synthesis.cohort_source import SyntheticCohorts
 
 __all__ = [
     "Collection",

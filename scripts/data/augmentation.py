@@ -30,7 +30,7 @@ from monai.utils import convert_to_tensor
 from torch import Tensor
 
 NO_GIN = -1
-"""Seed of a group that gets no :class:`scripts.gin.GlobalIntensityNonlinear`."""
+"""Seed of a group that gets no :class:`scripts.data.global_intensity.GlobalIntensityNonlinear`."""
 
 _PLANES = tuple(combinations(range(3), 2))
 _AXIS_FACTORS = (2, 3, 4)
@@ -78,7 +78,8 @@ class GroupAugmentation:
         label_invert_prob: segmentation only: background for foreground.
         sobel_prob: segmentation only: the label's edges for the label.
         morphology_prob: segmentation only: label dilated or eroded by one voxel, even odds.
-        gin_prob: a seed for :class:`scripts.gin.GlobalIntensityNonlinear`, which runs on the engine's device.
+        gin_prob: a seed for :class:`scripts.data.global_intensity.GlobalIntensityNonlinear`, which runs on the
+            engine's device.
 
     Raises:
         ValueError: a probability is not a number from 0 to 1.

@@ -14,7 +14,7 @@ from scripts.data.nnunet import Case, DatasetError, NnunetDataset, find_datasets
 from scripts.data.rows import SYNTHETIC, Row, Source, SourcedRow, default_rows, read_rows, sources_of, synthetic_rows
 from scripts.data.splits import PARTS, draw_split, read_split, shared_subjects
 from scripts.data.tasks import find_task
-from scripts.output_folder import write_text
+from scripts.runtime.output_folder import write_text
 
 logger = logging.getLogger(__name__)
 

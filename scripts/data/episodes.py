@@ -24,7 +24,7 @@ from scripts.data.integrity import ignored_values
 from scripts.data.nnunet import Case, DatasetError
 from scripts.data.prepared import PreparedCases
 from scripts.data.rows import SYNTHETIC, Row, SourcedRow
-from scripts.data.synthetic_source import SyntheticCohorts
+from scripts.data.synthesis.cohort_source import SyntheticCohorts
 from scripts.data.tasks import find_task
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scripts.atomic import write_json
+from scripts.runtime.atomic_files import write_json
 
 _DIGEST = "sha256"
 

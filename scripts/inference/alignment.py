@@ -23,18 +23,18 @@ from monai.data import MetaTensor
 from torch import Tensor
 from tqdm import tqdm
 
-from scripts.atomic import write_json
-from scripts.contexts import ContextSet, listing
 from scripts.data.label_numbers import count_labels
 from scripts.data.preprocessing import Preprocessing, bounding_box
 from scripts.data.resampling import grid_axes
 from scripts.inference.aligned_view import AlignedView, EmptyView
+from scripts.inference.contexts import ContextSet, listing
 from scripts.inference.regions import LabelGroup, extreme_points, group_labels
 from scripts.inference.target import Target
+from scripts.inference.tensor_cache import TensorCache
 from scripts.inference.views import WholeView
 from scripts.registration import MODES, align
 from scripts.registration.grids import canonical, resample
-from scripts.tensor_cache import TensorCache
+from scripts.runtime.atomic_files import write_json
 
 __all__ = ["MODES", "AlignedContexts"]
 

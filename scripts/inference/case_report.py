@@ -12,12 +12,12 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Orientation, generate_spatial_bounding_box
 
-from scripts.contexts import ContextSet, listing
 from scripts.data.preprocessing import RAS_LABELS
 from scripts.data.volumes import pair_digest
 from scripts.inference.aligned_view import AlignedView
+from scripts.inference.contexts import ContextSet, listing
 from scripts.inference.target import Target
-from scripts.pictures import SHOWN_CONTEXTS, overlay_figure, save_png
+from scripts.reporting.pictures import SHOWN_CONTEXTS, overlay_figure, save_png
 
 
 def case_entry(target: Target, context: ContextSet, device: torch.device, seconds: float) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from typing import Any
 from scripts.data.integrity import inspect_cases
 from scripts.data.nnunet import Case, DatasetError
 from scripts.inference.case_report import file_facts
-from scripts.manifest import MANIFEST
-from scripts.output_folder import STATE, OutputFolder, placed_here, signature
-from scripts.probabilities import probability_folder
-from scripts.report_files import REPORT, VOLUMES, ReportFiles
-from scripts.report_page import PAGE
-from scripts.shards import Shard
+from scripts.inference.probabilities import probability_folder
+from scripts.reporting.report_files import REPORT, VOLUMES, ReportFiles
+from scripts.reporting.report_page import PAGE
+from scripts.runtime.manifest import MANIFEST
+from scripts.runtime.output_folder import STATE, OutputFolder, placed_here, signature
+from scripts.runtime.shards import Shard
 
 _PROBE_BYTES = 2**20
 _LOCKS = "inference-"

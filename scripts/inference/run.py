@@ -15,17 +15,17 @@ import torch
 from ignite.engine import Engine, Events
 from tqdm import tqdm
 
-from scripts.confidence import ConfidentInferer
 from scripts.data.nnunet import Case, DatasetError
-from scripts.distributed import meet_processes
 from scripts.inference.case_report import case_entry, file_facts, save_picture
+from scripts.inference.confidence import ConfidentInferer
 from scripts.inference.failures import folder_fault, reason_of
 from scripts.inference.result_folder import ResultFolder
 from scripts.inference.target import Target
 from scripts.inference.targets import TargetSource
-from scripts.manifest import file_sha256, write_manifest
-from scripts.report_files import REPORT, remove_shards
-from scripts.report_page import PAGE
+from scripts.reporting.report_files import REPORT, remove_shards
+from scripts.reporting.report_page import PAGE
+from scripts.runtime.manifest import file_sha256, write_manifest
+from scripts.runtime.processes import meet_processes
 
 logger = logging.getLogger(__name__)
 

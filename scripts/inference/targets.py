@@ -7,7 +7,7 @@ from pathlib import Path
 from scripts.data.files import image_files
 from scripts.data.nnunet import Case, DatasetError, find_targets
 from scripts.data.splits import read_split
-from scripts.shards import this_shard
+from scripts.runtime.shards import this_shard
 
 
 class TargetSource:

@@ -10,7 +10,7 @@ from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
 from torch import Tensor
 
-from scripts.contexts import ContextSet
+from scripts.inference.contexts import ContextSet
 
 Members = Mapping[int, Sequence[int]]
 """Numbers of the contexts to use, by label."""

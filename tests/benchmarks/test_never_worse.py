@@ -10,7 +10,7 @@ import pytest
 from benchmarks import never_worse, whole_heads
 from benchmarks.head_scenes import CONTEXTS, TARGETS, LesionScenes, Settings
 from benchmarks.unseen_dataset import SPLIT_FILE
-from scripts.report_files import REPORT
+from scripts.reporting.report_files import REPORT
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from scipy.ndimage import binary_dilation, binary_erosion
 
 from scripts.data import augmentation
 from scripts.data.augmentation import NO_GIN, GroupAugmentation
-from scripts.data.synthesis import synthesize_cohort
+from scripts.data.synthesis.cohort import synthesize_cohort
 
 DEFAULTS = {
     "flip_prob": 0.1,

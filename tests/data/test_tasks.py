@@ -12,7 +12,7 @@ from monai.transforms import GaussianSmooth
 from scipy.ndimage import label as connected
 
 from scripts.data.preprocessing import Preprocessing
-from scripts.data.synthesis import synthesize_cohort
+from scripts.data.synthesis.cohort import synthesize_cohort
 from scripts.data.tasks import (
     TASKS,
     BiasCorrection,

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from scripts import native_nifti
-from scripts.confidence import ConfidentInferer
 from scripts.data.nnunet import DatasetError
-from scripts.data.written_cohorts import write_cohorts
+from scripts.data.synthesis.cohort_writer import write_cohorts
+from scripts.inference import native_nifti
+from scripts.inference.confidence import ConfidentInferer
+from scripts.inference.probabilities import probability_folder
 from scripts.inferer import ICLInferer
 from scripts.networks import Neuroverse3D
-from scripts.probabilities import probability_folder
-from scripts.report_files import read_report
+from scripts.reporting.report_files import read_report
 from tests.workflows import run_workflow
 
 NAMES = [f"scan_{number}" for number in range(5)]

@@ -29,8 +29,8 @@ from scripts.apps.deploy.model_folder import ModelFolder
 from scripts.apps.deploy.segments import Segment
 from scripts.apps.deploy.series_operators import HeaderLoaderOperator, OneSeriesSelectorOperator
 from scripts.apps.deploy.volume_operator import SeriesVolumeOperator
-from scripts.atomic import write_json
-from scripts.manifest import bundle_identity, environment, file_sha256
+from scripts.runtime.atomic_files import write_json
+from scripts.runtime.manifest import bundle_identity, environment, file_sha256
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from monai.data import MetaTensor
 from monai.deploy.core import Fragment, Image, Operator, OperatorSpec
 
 from scripts.apps.deploy.segments import Segment
-from scripts.confidence import ConfidentInferer
 from scripts.data.volumes import VolumeError
+from scripts.inference.confidence import ConfidentInferer
 from scripts.inference.target import Target
 
 

@@ -11,14 +11,14 @@ from typing import Any
 
 from scripts.apps.deploy.segments import Segment, describe_segments
 from scripts.checkpoint import load_weights
-from scripts.commandline import refuse_unknown
-from scripts.confidence import ConfidentInferer
-from scripts.contexts import ContextSet
 from scripts.data.files import read_json
 from scripts.data.nnunet import NnunetDataset
-from scripts.manifest import file_sha256
-from scripts.options import normalise
-from scripts.workflow import plain_errors, start_workflow
+from scripts.inference.confidence import ConfidentInferer
+from scripts.inference.contexts import ContextSet
+from scripts.runtime.commandline import refuse_unknown
+from scripts.runtime.manifest import file_sha256
+from scripts.runtime.options import normalise
+from scripts.runtime.workflow import plain_errors, start_workflow
 
 WEIGHTS = "model.pt"
 CONTEXTS = "contexts"

@@ -29,14 +29,14 @@ from scripts.apps.deploy.model_folder import (
     ModelFolder,
     make_predictor,
 )
-from scripts.atomic import write_json, write_text
-from scripts.commandline import main
-from scripts.confidence import ConfidentInferer
 from scripts.data.files import read_json
 from scripts.data.nnunet import find_datasets
-from scripts.manifest import ROOT, revision
-from scripts.options import flag, normalise
-from scripts.output_folder import check_folder, put_folder_in_place
+from scripts.inference.confidence import ConfidentInferer
+from scripts.runtime.atomic_files import write_json, write_text
+from scripts.runtime.commandline import main
+from scripts.runtime.manifest import ROOT, revision
+from scripts.runtime.options import flag, normalise
+from scripts.runtime.output_folder import check_folder, put_folder_in_place
 
 _CODE = ("configs/inference.json", "configs/metadata.json", "LICENSE")
 _HERE = Path(__file__).resolve().parent

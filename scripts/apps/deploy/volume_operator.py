@@ -14,8 +14,8 @@ from monai.deploy.core.domain.dicom_series import DICOMSeries
 from SimpleITK import GetArrayFromImage
 
 from scripts.apps.deploy.series_operators import files_of
-from scripts.data.dicom import read_series
-from scripts.data.pairing import DicomSeries
+from scripts.data.conversion.dicom import read_series
+from scripts.data.conversion.pairing import DicomSeries
 from scripts.data.volumes import VolumeError
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])

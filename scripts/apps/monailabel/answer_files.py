@@ -10,8 +10,8 @@ import nrrd
 import numpy as np
 from monai.data import MetaTensor
 
-from scripts.atomic import write_atomically
-from scripts.native_nifti import native_nifti
+from scripts.inference.native_nifti import native_nifti
+from scripts.runtime.atomic_files import write_atomically
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd")
 

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from scripts.apps.monailabel.statuses import KINDS, clear_statuses
 from scripts.apps.monailabel.uploads import check_new_name, check_tag, leads_elsewhere
-from scripts.manifest import ROOT
+from scripts.runtime.manifest import ROOT
 
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 """Of tokens: those for the RSA key that a realm publishes."""

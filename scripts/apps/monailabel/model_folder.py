@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from scripts.apps.monailabel.statuses import NotFoundError
-from scripts.atomic import write_atomically
+from scripts.runtime.atomic_files import write_atomically
 
 CURRENT, SHIPPED = "current", "shipped"
 _VERSION = re.compile(r"weights_(\d{4,})\.pt")

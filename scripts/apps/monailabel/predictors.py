@@ -17,11 +17,11 @@ from scripts.apps.monailabel.annotations import Annotated, Annotations, name_of_
 from scripts.apps.monailabel.model_folder import CURRENT, ModelFolder
 from scripts.apps.monailabel.statuses import SameScanError, TooFewAnnotationsError, WeightsError
 from scripts.checkpoint import load_weights
-from scripts.confidence import ConfidentInferer
+from scripts.inference.confidence import ConfidentInferer
 from scripts.inference.target import Target
-from scripts.manifest import ROOT
-from scripts.options import OPTIONS, normalise
-from scripts.workflow import give, plain_errors, start_workflow
+from scripts.runtime.manifest import ROOT
+from scripts.runtime.options import OPTIONS, normalise
+from scripts.runtime.workflow import give, plain_errors, start_workflow
 
 DEFAULTS: dict[str, Any] = {"context_selection": "similar", "mini_context_size": 1}
 """Where the app differs from ``inference.json``: contexts are chosen for each scan, and with pairs that run one by

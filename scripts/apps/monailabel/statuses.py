@@ -10,7 +10,7 @@ from fastapi import HTTPException
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
 
 from scripts.checkpoint import CheckpointError
-from scripts.memory import is_out_of_memory
+from scripts.runtime.memory import is_out_of_memory
 
 
 class NotFoundError(ValueError):

@@ -14,7 +14,7 @@ from scripts.apps.monailabel.annotations import Annotations
 from scripts.apps.monailabel.model_folder import CURRENT, SHIPPED, ModelFolder
 from scripts.apps.monailabel.statuses import TooFewAnnotationsError
 from scripts.apps.monailabel.uploads import setting
-from scripts.workflow import plain_errors, start_workflow
+from scripts.runtime.workflow import plain_errors, start_workflow
 
 FEWEST = 3
 """Annotations: a target and a context to train with, and one to validate on."""

@@ -15,7 +15,7 @@ import nrrd
 from scripts.apps.monailabel.statuses import clear_statuses
 from scripts.data.integrity import examine
 from scripts.data.volumes import load_volume
-from scripts.options import normalise
+from scripts.runtime.options import normalise
 
 SCANS = (".nii.gz", ".nii", ".nrrd")
 """Endings of what may be stored."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.data.synthesis import synthesize_cohort
+from scripts.data.synthesis.cohort import synthesize_cohort
 from scripts.networks import Neuroverse3D
 from tests.data.dicom_series import write_dicom
 from tests.workflows import run_workflow

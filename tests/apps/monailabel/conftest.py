@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from scripts.data.synthesis import synthesize_cohort
+from scripts.data.synthesis.cohort import synthesize_cohort
 from scripts.networks import Neuroverse3D
 
 HERE = Path(__file__).parent

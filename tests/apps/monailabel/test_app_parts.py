@@ -19,8 +19,8 @@ from scripts.apps.monailabel.answer_files import write_answer  # noqa: E402
 from scripts.apps.monailabel.model_folder import ModelFolder  # noqa: E402
 from scripts.apps.monailabel.predictors import DEFAULTS, app_options  # noqa: E402
 from scripts.apps.monailabel.statuses import NotFoundError, clear_statuses  # noqa: E402
-from scripts.contexts import ContextSet  # noqa: E402
 from scripts.data.volumes import load_volume  # noqa: E402
+from scripts.inference.contexts import ContextSet  # noqa: E402
 from scripts.inferer import as_volume  # noqa: E402
 from scripts.networks import Neuroverse3D  # noqa: E402
 from tests.apps.monailabel.conftest import save_random_weights  # noqa: E402

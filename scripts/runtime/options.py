@@ -1,0 +1,268 @@
+"""The options of all workflows: meaning and type in one place.
+
+`--help true` prints from this table, and values from a command line (where ``false`` arrives as a string
+and ``32,48,32`` as a tuple) are brought to their type by it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Option(NamedTuple):
+    """One option: how its value is read, and what it means."""
+
+    kind: str
+    meaning: str
+
+
+OPTIONS: dict[str, Option] = {
+    # data
+    "dataset_dir": Option("path", "nnU-Net dataset folder, or a folder of Dataset* folders; inference: the targets"),
+    "output_dir": Option("path", "where results go; training writes OUT/stage1 and OUT/stage2"),
+    "cache_dir": Option("path", "preprocessed cases and the integrity record; safe to delete"),
+    "datasets": Option("names", "use only these datasets of dataset_dir, by folder name or its Dataset001 part"),
+    "collection_file": Option("path", "JSON file of rows: dataset, channels, task, classes, weights"),
+    "channel": Option("int", "input channel (modality), the number in CASE_0000; training: None uses every channel"),
+    "sample_rate": Option("float", "fraction of each dataset's training subjects that is used"),
+    "val_fraction": Option("float", "fraction of the subjects held out for validation (model selection)"),
+    "test_fraction": Option("float", "fraction of the subjects kept out of training and validation altogether"),
+    "split_file": Option("path", "a splits.json of an earlier run, or nnU-Net's splits_final.json, to split by"),
+    "fold": Option("int", "with nnU-Net's splits_final.json as split_file: which fold, from 0"),
+    "subject_pattern": Option(
+        "pattern",
+        "regular expression for the subject in case names, whose scans stay in one part; default: BIDS's sub-LABEL",
+    ),
+    "skip_bad_cases": Option("flag", "go on without faulty cases instead of stopping"),
+    "label_maps": Option("path", "folder of label maps whose anatomies synthetic cohorts may have"),
+    "held_out_maps": Option("names", "label maps that are not used, by file name without ending"),
+    "label_map_share": Option("float", "share of the synthetic cohorts that comes from label_maps"),
+    "cohort_spread": Option(
+        "numbers",
+        "lowest and highest of how far a synthetic cohort's subjects are put apart, 0 to 1; default: mostly far",
+    ),
+    "num_workers": Option("int", "data loading processes; 0 loads in the main process"),
+    # grid
+    "spatial_size": Option(
+        "grid", "the network's grid in voxels, one number or three; None takes the checkpoint's, else 128"
+    ),
+    "spacing": Option("float", "isotropic voxel size of the grid in mm; None fits the largest case into the grid"),
+    # network
+    "channels": Option("ints", "width of each network stage; None takes the checkpoint's, else 32 to 512"),
+    "convs_per_block": Option("count", "convolutions per residual unit; None takes the checkpoint's, else 2"),
+    "mini_context_size": Option(
+        "count", "context pairs run at once: more take more memory, and predict the same; None (inference): what fits"
+    ),
+    "cache_mb": Option("float", "memory in MB for encoded contexts; None takes a quarter of what is free, 0 none"),
+    "checkpoint": Option("path", "weights to use, in this bundle's format"),
+    "init_checkpoint": Option("path", "weights to start from"),
+    # training
+    "epochs": Option("count", "epochs to train"),
+    "groups_per_epoch": Option("count", "groups per epoch; every member of a group is the target once"),
+    "val_groups": Option("count", "validation groups, the same at every validation"),
+    "val_interval": Option("count", "epochs between validations"),
+    "batch_size": Option("count", "groups per optimiser step"),
+    "context_size": Option("range", "context pairs: a number, or [low, high] drawn once per epoch"),
+    "val_context_size": Option("count", "context pairs in validation"),
+    "max_classes": Option("count", "at most this many random classes are merged into one foreground"),
+    "learning_rate": Option("float", "Adam's learning rate"),
+    "lr_patience": Option("int", "validations without gain before the learning rate is halved"),
+    "grad_clip": Option("float", "gradient norm is clipped to this"),
+    "loss_weight": Option("float", "factor on the smooth L3-L1 loss"),
+    "accumulation_steps": Option("count", "episodes whose gradients are added up before an optimiser step"),
+    "amp": Option("flag", "autocast to amp_dtype (meant for GPUs; very slow on CPUs without bfloat16 units)"),
+    "amp_dtype": Option("text", "bfloat16, or float16 with scaled gradients for GPUs without bfloat16"),
+    "activation_checkpointing": Option("flag", "recompute activations in the backward pass: less memory, more time"),
+    "compile": Option("flag", "compile the network's parts with torch.compile (needs a C++ compiler)"),
+    "unpair_fraction": Option("float", "last fraction of the epochs in which contexts take each other's labels"),
+    "augment": Option("flag", "augment training groups; the _prob options say how often"),
+    "flip_prob": Option("float", "probability of a flip, for each axis"),
+    "rotate90_prob": Option("float", "probability of a rotation by 90 degrees, for each plane"),
+    "member_rotate90_prob": Option("float", "probability of independent 90 degree rotations of the members"),
+    "low_resolution_prob": Option("float", "probability of a loss of resolution along one axis"),
+    "shift_prob": Option("float", "probability of an intensity shift"),
+    "scale_prob": Option("float", "probability of an intensity scaling"),
+    "noise_prob": Option("float", "probability of Gaussian noise"),
+    "elastic_prob": Option("float", "probability of an elastic and affine deformation"),
+    "image_invert_prob": Option("float", "probability of inverted images"),
+    "label_invert_prob": Option("float", "probability of inverted labels (segmentation)"),
+    "sobel_prob": Option("float", "probability of the labels' edges as labels (segmentation)"),
+    "morphology_prob": Option("float", "probability of dilated or eroded labels (segmentation)"),
+    "gin_prob": Option("float", "probability of a random non-linear change of intensities"),
+    "early_stop": Option("flag", "stop when the validation loss no longer falls"),
+    "early_stop_patience": Option("count", "validations without gain before stopping"),
+    "image_interval": Option("int", "epochs between TensorBoard pictures"),
+    "wandb": Option("flag", "also log to Weights & Biases (needs the package wandb)"),
+    "resume": Option("flag", "continue the run in the output folder"),
+    "overwrite": Option("flag", "replace results that are already there"),
+    "seed": Option("int", "seed of everything random"),
+    "device": Option("device", "cuda, cuda:1 or cpu"),
+    # inference and evaluation
+    "context_dir": Option("path", "nnU-Net dataset folder with the example pairs (imagesTr, labelsTr)"),
+    "context_images": Option("paths", "instead of context_dir: the example images, a folder or a list of files"),
+    "context_labels": Option(
+        "paths", "with context_images: their labels (generation: wanted outputs), a folder or a list in that order"
+    ),
+    "context_file": Option("path", "instead of context_dir: JSON list of pairs, [{image, label}, ...]"),
+    "task": Option("words", "inference: segmentation or generation; training: only these tasks"),
+    "labels": Option("ints", "label values to segment; None takes all that the contexts have"),
+    "context_label_channel": Option("int", "generation: the contexts' channel that is the wanted output"),
+    "context_selection": Option("text", "which contexts if there are more than context_size: random, first or similar"),
+    "target_split": Option(
+        "text", "with split_file: which part of dataset_dir to run on; None: test, of nnU-Net's val"
+    ),
+    "shard": Option("text", "run on one part of the targets only: 3/16 is the third of sixteen, for job arrays"),
+    "self_test": Option("flag", "predict every context from the others first: what Dice to expect of targets"),
+    "ensemble": Option("count", "predictions per target from random halves of the contexts, averaged; 1 is one of all"),
+    "align": Option(
+        "text", "bring contexts to each target: off, affine or deformable; None: deformable, for generation off"
+    ),
+    "refine": Option("flag", "of earlier versions: with align, regions are always looked at in fine voxels"),
+    "overlays": Option("flag", "write a picture per case"),
+    "probabilities": Option("flag", "also write the scores, a float file per case and label"),
+    "prediction_dir": Option("path", "predictions to score, one file per case"),
+    "reference_dir": Option("path", "reference labels (or images), same case names"),
+    "prediction_channel": Option("int", "of prediction_dir read only CASE_000k of this channel k, as in imagesTr"),
+    "reference_channel": Option("int", "of reference_dir read only CASE_000k of this channel k, as in imagesTr"),
+    "ignore_label": Option(
+        "int", "references' label that is not scored; null: dataset.json's \"ignore\", if there is one"
+    ),
+    # any
+    "help": Option("flag", "list the options"),
+    "debug": Option("flag", "full tracebacks"),
+}
+
+
+def flag(value: Any) -> bool:
+    """True or false from a boolean or from text in any case.
+
+    Raises:
+        ValueError: neither.
+    """
+    text = str(value).strip().lower()
+    if text in ("true", "1", "yes"):
+        return True
+    if text in ("false", "0", "no", "none"):
+        return False
+    raise ValueError(f"expected true or false, got {value!r}")
+
+
+def normalise(name: str, value: Any) -> Any:
+    """Bring an option's value to its type; None stays None.
+
+    Raises:
+        ValueError: the value does not fit; the message names the option.
+    """
+    option = OPTIONS[name]
+    if option.kind == "flag":
+        reader: Callable[[Any], Any] = flag
+    elif value is None or str(value).strip().lower() == "none":
+        return None
+    else:
+        reader = _READERS[option.kind]
+    try:
+        return reader(value)
+    except (ValueError, TypeError, SyntaxError, OverflowError) as error:
+        raise ValueError(f"--{name} {value!r} is not a valid {option.kind} ({option.meaning}): {error}") from error
+
+
+def _number(value: Any) -> float:
+    return float(value)
+
+
+def _whole(value: Any) -> int:
+    number = float(value)
+    if number != int(number):
+        raise ValueError("not a whole number")
+    return int(number)
+
+
+def _sequence(value: Any) -> list[Any]:
+    if isinstance(value, str):
+        text = value.strip()
+        if text.startswith(("[", "(")):
+            return list(ast.literal_eval(text))
+        return [part for part in text.replace(",", " ").split() if part]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _whole_numbers(value: Any) -> list[int]:
+    return [_whole(v) for v in _sequence(value)]
+
+
+def _numbers(value: Any) -> list[float]:
+    return [_number(v) for v in _sequence(value)]
+
+
+def _grid(value: Any) -> list[int]:
+    sizes = _whole_numbers(value)
+    if len(sizes) not in (1, 3) or min(sizes) < 1:
+        raise ValueError("one or three positive numbers are needed")
+    return sizes * 3 if len(sizes) == 1 else sizes
+
+
+def _range(value: Any) -> int | list[int]:
+    bounds = _whole_numbers(value)
+    low, high = bounds[0], bounds[-1]
+    if len(bounds) > 2 or not 1 <= low <= high:
+        raise ValueError("one number >= 1, or [low, high]")
+    return low if len(bounds) == 1 else [low, high]
+
+
+def _count(value: Any) -> int:
+    number = _whole(value)
+    if number < 1:
+        raise ValueError("at least 1 is needed")
+    return number
+
+
+def _names(value: Any) -> list[str]:
+    return [str(v) for v in _sequence(value)]
+
+
+def _pattern(value: Any) -> str:
+    try:
+        return re.compile(str(value)).pattern
+    except re.error as error:
+        raise ValueError(str(error)) from error
+
+
+def _path(value: Any) -> str:
+    if isinstance(value, (list, tuple, dict)):
+        raise ValueError("one path is needed; quote it twice if it holds a comma: '\"a,b\"'")
+    text = str(value)
+    if "#" in text or "::" in text:  # MONAI turns the one into the other
+        raise ValueError("a '#' in a path is read as a separator of config ids; rename or link the folder")
+    return text
+
+
+def _paths(value: Any) -> list[str]:
+    listed = isinstance(value, (list, tuple)) or (isinstance(value, str) and value.strip().startswith("["))
+    return [_path(path) for path in (_sequence(value) if listed else [value])]
+
+
+def _device(value: Any) -> str:
+    from scripts.runtime.processes import usable_device  # brings PyTorch, which most tools' --help can do without
+
+    return str(usable_device(str(value)))
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "int": _whole,
+    "count": _count,
+    "float": _number,
+    "ints": _whole_numbers,
+    "numbers": _numbers,
+    "grid": _grid,
+    "range": _range,
+    "names": _names,
+    "path": _path,
+    "paths": _paths,
+    "text": str,
+    "pattern": _pattern,
+    "device": _device,
+    "words": lambda value: value if isinstance(value, str) and not set(value) & set("[(,") else _names(value),
+}

@@ -508,13 +508,15 @@ def test_a_case_deleted_during_training_is_named(prepared):
 
 def test_damaged_cache_files_are_made_again(prepared, tmp_path, record_property):
     found, cases = prepared()
-    whole = [found.load(case) for case in cases]
-    rng = np.random.default_rng(0)
-    entries = sorted((tmp_path / "cache").glob("*.pt"))
+    whole, entries = [], []
+    for case in cases:
+        whole.append(found.load(case))
+        entries += [path for path in (tmp_path / "cache").glob("*.pt") if path not in entries]
     assert len(entries) == len(cases)
+    rng = np.random.default_rng(0)
     counts = {"remade": 0, "harmless": 0}
-    for turn in range(150):
-        path = entries[turn % len(entries)]
+    for turn in range(60):
+        path, case, (image, label) = (of[turn % len(cases)] for of in (entries, cases, whole))
         content = path.read_bytes()
         damaged = bytearray(content)
         kind = turn % 5
@@ -529,13 +531,12 @@ def test_damaged_cache_files_are_made_again(prepared, tmp_path, record_property)
             for place in places:
                 damaged[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(bytes(damaged))
-        for case, (image, label) in zip(cases, whole, strict=True):
-            again = found.load(case)
-            assert torch.equal(again[0], image) and torch.equal(again[1], label)
+        again = found.load(case)
+        assert torch.equal(again[0], image) and torch.equal(again[1], label)
         counts["harmless" if path.read_bytes() == bytes(damaged) else "remade"] += 1
         path.write_bytes(content)
     record_property("entries", counts)
-    assert counts["remade"] > 100
+    assert counts["remade"] > 40
 
 
 def test_a_damaged_record_is_never_believed(prepared, tmp_path, record_property):
@@ -544,7 +545,7 @@ def test_a_damaged_record_is_never_believed(prepared, tmp_path, record_property)
     content, rng = record.read_bytes(), np.random.default_rng(0)
     cases = Collection(str(tmp_path / "data"), str(tmp_path / "cache"), seed=0).part("train")
     expected = inspect_cases(list(cases), None)
-    for turn in range(60):
+    for turn in range(24):
         damaged = bytearray(content)
         if turn % 3 == 2:
             damaged = damaged[: rng.integers(0, len(content))]
@@ -552,4 +553,4 @@ def test_a_damaged_record_is_never_believed(prepared, tmp_path, record_property)
             damaged[rng.integers(0, len(content))] ^= 1 << int(rng.integers(8))
         record.write_bytes(bytes(damaged))
         assert inspect_cases(list(cases), record) == expected
-    record_property("records", 60)
+    record_property("records", 24)

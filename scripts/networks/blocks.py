@@ -11,37 +11,15 @@ pairs is computed once.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scripts.networks.residual_gradient import ResidualGradient
-
-
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """1³ convolution as one matrix product over channels.
-
-    PyTorch's own 1³ ``conv3d`` falls to a slow kernel on the CPU; this is the same sum.
-
-    Args:
-        x: ``(N, C, H, W, D)``.
-        weight: ``(K, C, 1, 1, 1)``.
-        bias: ``(K,)`` or None.
-
-    Returns:
-        ``(N, K, H, W, D)``.
-    """
-    return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+from scripts.networks.kernels import conv3d, pointwise
 
 
 def pairwise(x: Tensor, pairs: int) -> Tensor:
     """View ``(B * pairs, C, ...)`` as ``(B, pairs, C, ...)``."""
     return x.unflatten(0, (-1, pairs))
-
-
-def _has_gradient_of_its_own(x: Tensor) -> bool:
-    plain = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not plain
 
 
 class ResidualUnit(nn.Module):
@@ -51,18 +29,12 @@ class ResidualUnit(nn.Module):
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv3d(channels, channels, 3, padding=1) for _ in range(convs))
 
-    def before_gelu(self, x: Tensor) -> Tensor:
-        """All but the last GELU."""
-        if _has_gradient_of_its_own(x):
-            return ResidualGradient.apply(x, *(p for conv in self.convs for p in (conv.weight, conv.bias)))
-        y = self.convs[0](x)
-        for conv in self.convs[1:]:
-            y = conv(F.gelu(y))
-        return x + y
-
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W, D)`` -> the same shape."""
-        return F.gelu(self.before_gelu(x))
+        y = x
+        for index, conv in enumerate(self.convs):
+            y = conv3d(F.gelu(y) if index else y, conv.weight, conv.bias)
+        return F.gelu(x + y)
 
 
 class Down(nn.Module):
@@ -74,7 +46,7 @@ class Down(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W, D)`` -> ``(N, K, H/2, W/2, D/2)``."""
-        return F.max_pool3d(x, 2) if self.conv is None else self.conv(x)
+        return F.max_pool3d(x, 2) if self.conv is None else conv3d(x, self.conv.weight, self.conv.bias, stride=2)
 
 
 class UpMerge(nn.Module):

@@ -1,150 +1,29 @@
 """Neuroverse3D: a 3D in-context learning network (Hu et al., ICCV 2025, arXiv 2503.02410).
 
-Three parts named as in the paper: a target encoder, a context U-Net shared by all context pairs, and a
-target decoder. :class:`Neuroverse3D` composes them with the adaptive parallel-sequential context
-processing (APSP), whose memory depends on the mini-context size and not on the number of pairs.
+A target encoder, a context U-Net shared by all context pairs, and a target decoder (:mod:`scripts.networks.parts`),
+composed by the adaptive parallel-sequential context processing (APSP), whose memory depends on the mini-context size
+and not on the number of pairs.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from itertools import pairwise as neighbours
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from scripts.networks import streamed
-from scripts.networks.blocks import Down, Fusion, ResidualUnit, UpMerge, pairwise, pointwise
-
-
-class Part(nn.Module):
-    """A part of the network whose stages may recompute their activations in the backward pass."""
-
-    activation_checkpointing = False
-
-    def stage(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Run one stage; with activation checkpointing only its inputs are kept for the backward pass."""
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return function(*inputs)
-
-    def cheap(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Run what is quicker to compute again in the backward pass than to keep: GELUs and 1³ convolutions."""
-        if torch.is_grad_enabled() and not self.activation_checkpointing and not torch.compiler.is_compiling():
-            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return function(*inputs)
-
-
-class TargetEncoder(Part):
-    """Encodes the target image once; its skips feed the context U-Net and the target decoder."""
-
-    def __init__(self, in_channels: int, channels: Sequence[int], convs_per_block: int) -> None:
-        super().__init__()
-        self.embedding = nn.Conv3d(in_channels, channels[0], 1)
-        self.residuals = nn.ModuleList(ResidualUnit(c, convs_per_block) for c in channels[:-1])
-        self.downs = nn.ModuleList(Down(a, b) for a, b in neighbours(channels))
-
-    def forward(self, target: Tensor) -> list[Tensor]:
-        """``(B, C, H, W, D)`` -> one map per stage, finest first; the last one enters the bottleneck."""
-        x = pointwise(target, self.embedding.weight, self.embedding.bias)
-        maps = []
-        for residual, down in zip(self.residuals, self.downs, strict=True):
-            x = self.stage(residual, x)
-            maps.append(x)
-            x = down(x)
-        return [*maps, x]
-
-
-class ContextUNet(Part):
-    """Encodes (image, label) pairs, each seen together with the target."""
-
-    def __init__(self, in_channels: int, channels: Sequence[int], convs_per_block: int) -> None:
-        super().__init__()
-        self.embedding = nn.Conv3d(in_channels, channels[0], 1)
-        self.residuals = nn.ModuleList(ResidualUnit(c, convs_per_block) for c in channels[:-1])
-        self.fusions = nn.ModuleList(Fusion(c) for c in channels[:-1])
-        self.downs = nn.ModuleList(Down(a, b) for a, b in neighbours(channels))
-        self.bottleneck = ResidualUnit(channels[-1], convs_per_block)
-        self.ups = nn.ModuleList(UpMerge(a, b) for a, b in neighbours(channels[::-1]))
-        self.up_residuals = nn.ModuleList(ResidualUnit(c, convs_per_block) for c in channels[-2::-1])
-
-    def stem(self, pairs: Tensor) -> Tensor:
-        """First residual unit of the embedded pairs ``(N, C, H, W, D)``: all that does not depend on the target."""
-        return self.residuals[0](pointwise(pairs, self.embedding.weight, self.embedding.bias))
-
-    def forward(self, pairs: Tensor, target_maps: Sequence[Tensor], from_stem: bool = False) -> list[Tensor]:
-        """Mean context features of one mini-context.
-
-        Args:
-            pairs: ``(B, l, C, H, W, D)``: image and label channels; or their :meth:`stem`.
-            target_maps: from the target encoder.
-            from_stem: ``pairs`` is the stem.
-
-        Returns:
-            One map ``(B, C_s, H_s, W_s, D_s)`` per stage, bottleneck first, averaged over the l pairs.
-        """
-        count, x = pairs.shape[1], pairs.flatten(0, 1)
-        skips = []
-        for stage, (target, down) in enumerate(zip(target_maps[:-1], self.downs, strict=True)):
-            if from_stem and not stage:
-                x = self.fusions[0].into_context(x, target, count)
-            else:
-                x = self.stage(partial(self._encode, stage, count), x, target)
-            skips.append(x)
-            x = down(x)
-        x = self.stage(self.bottleneck, x)
-        features = [pairwise(x, count).mean(1)]
-        for up, residual in zip(self.ups, self.up_residuals, strict=True):
-            x = self.stage(lambda x, skip, u=up, r=residual: r(u(x, skip)), x, skips.pop())
-            features.append(pairwise(x, count).mean(1))
-        return features
-
-    def _encode(self, stage: int, count: int, x: Tensor, target: Tensor) -> Tensor:
-        if not stage:
-            x = pointwise(x, self.embedding.weight, self.embedding.bias)
-        fuse = self.fusions[stage].into_context
-        return self.cheap(lambda x, t: fuse(F.gelu(x), t, count), self.residuals[stage].before_gelu(x), target)
-
-
-class TargetDecoder(Part):
-    """Turns the target's maps into the output, reading the mean context feature at every stage."""
-
-    def __init__(self, out_channels: int, channels: Sequence[int], convs_per_block: int) -> None:
-        super().__init__()
-        self.residuals = nn.ModuleList(ResidualUnit(c, convs_per_block) for c in channels[::-1])
-        self.fusions = nn.ModuleList(Fusion(c) for c in channels[::-1])
-        self.ups = nn.ModuleList(UpMerge(a, b) for a, b in neighbours(channels[::-1]))
-        self.head = ResidualUnit(channels[0], convs_per_block)
-        self.output = nn.Conv3d(channels[0], out_channels, 1)
-
-    def forward(self, target_maps: Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
-        """Target maps (finest first) and mean context features (bottleneck first) -> ``(B, K, H, W, D)``."""
-        *skips, x = target_maps
-        for stage, (residual, fusion, feature) in enumerate(zip(self.residuals, self.fusions, features, strict=True)):
-            if stage:
-                x = self.stage(self.ups[stage - 1], x, skips.pop())
-            x = self.stage(partial(self._fuse, residual, fusion), x, feature)
-        return self.stage(self._answer, x)
-
-    def _fuse(self, residual: ResidualUnit, fusion: Fusion, x: Tensor, feature: Tensor) -> Tensor:
-        return self.cheap(lambda x, f: fusion.into_target(F.gelu(x), f), residual.before_gelu(x), feature)
-
-    def _answer(self, x: Tensor) -> Tensor:
-        weight, bias = self.output.weight, self.output.bias
-        return self.cheap(lambda x: pointwise(F.gelu(x), weight, bias), self.head.before_gelu(x))
+from scripts.networks.blocks import pairwise
+from scripts.networks.execution import slabwise_for
+from scripts.networks.parts import ContextUNet, Part, TargetDecoder, TargetEncoder
 
 
 class Neuroverse3D(nn.Module):
-    """The in-context network: a target, L (image, label) pairs in; the target's answer out.
+    """The in-context network: a target, L (image, label) pairs in; the target's prediction out.
 
     Args:
         in_channels: channels of an image.
-        out_channels: channels of an answer (and of a context label).
+        out_channels: channels of a prediction (and of a context label).
         channels: width of each stage, finest first; at least two stages.
         convs_per_block: 3³ convolutions in a residual unit.
         spatial_size: the grid the weights are trained for (one int or three). It travels with the weights
@@ -204,7 +83,7 @@ class Neuroverse3D(nn.Module):
         return 2 ** (len(self.channels) - 1)
 
     def forward(self, target_in: Tensor, context_in: Tensor, context_out: Tensor, mini_context_size: int = 3) -> Tensor:
-        """Predict the target's answer from the context pairs.
+        """Predict the target's output from the context pairs.
 
         The L pairs are cut into n mini-contexts of at most ``mini_context_size`` pairs. The pairs of one
         mini-context run in parallel, the mini-contexts one after another into a running mean. While
@@ -245,9 +124,8 @@ class Neuroverse3D(nn.Module):
 
     def encode_target(self, target_in: Tensor) -> list[Tensor]:
         """``(B, in_channels, H, W, D)`` -> the target's map at every stage, finest first. No label has a part in it."""
-        if self._streams(target_in):
-            with _stored_as() as dtype:
-                return streamed.encode_target(self.target_encoder, target_in, dtype)
+        if slabwise := slabwise_for(self.target_encoder, target_in):
+            return slabwise.encode_target(self.target_encoder, target_in)
         return self.target_encoder(target_in)
 
     def encode_stems(self, pairs: Tensor) -> Tensor:
@@ -256,11 +134,9 @@ class Neuroverse3D(nn.Module):
         Returns:
             ``(B, l, C_0, H, W, D)``, for :meth:`read_contexts`.
         """
-        flat = pairs.flatten(0, 1)
-        if not self._streams(pairs):
-            return pairwise(self.context_unet.stem(flat), pairs.shape[1])
-        with _stored_as() as dtype:
-            return pairwise(streamed.encode_stem(self.context_unet, flat, dtype), pairs.shape[1])
+        slabwise = slabwise_for(self.context_unet, pairs)
+        stem = slabwise.encode_stem if slabwise else ContextUNet.stem
+        return pairwise(stem(self.context_unet, pairs.flatten(0, 1)), pairs.shape[1])
 
     @torch.no_grad()
     def read_contexts(
@@ -283,33 +159,18 @@ class Neuroverse3D(nn.Module):
         Returns:
             One map per stage, bottleneck first.
         """
-        if not self._streams(pairs):
-            return _weighted_sum(features, self.context_unet(pairs, target_maps, from_stems), pairs.shape[1] / length)
-        flat = pairs.flatten(0, 1)
-        with _stored_as():
-            stem = streamed.map_rows(flat) if from_stems else streamed.stem_rows(self.context_unet, flat)
-            maps = streamed.context_maps(self.context_unet, stem, target_maps, pairs.shape[1])
-            return streamed.running_mean(features, maps, pairs.shape[1], length)
+        if slabwise := slabwise_for(self.context_unet, pairs):
+            return slabwise.read_contexts(self.context_unet, features, pairs, target_maps, length, from_stems)
+        return _weighted_sum(features, self.context_unet(pairs, target_maps, from_stems), pairs.shape[1] / length)
 
     def decode(self, target_maps: list[Tensor], features: list[Tensor], keep_target: bool = False) -> Tensor:
         """Target maps and mean context features -> ``(B, out_channels, H, W, D)``.
 
         Without gradients both may be overwritten, the target maps unless ``keep_target``.
         """
-        if self._streams(target_maps[0]):
-            with _stored_as():
-                return streamed.decode_target(self.target_decoder, target_maps, features, overwrite=not keep_target)
+        if slabwise := slabwise_for(self.target_decoder, target_maps[0]):
+            return slabwise.decode_target(self.target_decoder, target_maps, features, overwrite=not keep_target)
         return self.target_decoder(target_maps, features)
-
-    def _streams(self, x: Tensor) -> bool:
-        """Whether to compute row by row: predictions on a CPU, in types that it multiplies well."""
-        return (
-            x.device.type == "cpu"
-            and not torch.is_grad_enabled()
-            and self.grid.device.type == "cpu"
-            and self.target_encoder.embedding.weight.dtype == torch.float32
-            and self.target_encoder._compiled_call_impl is None
-        )
 
     def _check(self, target_in: Tensor, context_in: Tensor, context_out: Tensor, mini_context_size: int) -> None:
         # Shapes only: a look at values would wait for the device.
@@ -362,14 +223,8 @@ def _scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 
 def _weighted_sum(totals: list[Tensor], means: list[Tensor], share: float) -> list[Tensor]:
-    if not totals:
-        return means if share == 1 else [mean * share for mean in means]
-    return [total + mean * share for total, mean in zip(totals, means, strict=True)]
-
-
-@contextlib.contextmanager
-def _stored_as() -> Iterator[torch.dtype]:
-    """The type that maps are stored in, that of the autocast; arithmetic inside is in float32."""
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-    with torch.autocast("cpu", enabled=False):
-        yield dtype
+    if share == 1:
+        return means
+    # a sum of many small shares would lose digits in 16 bits
+    shares = [mean.to(torch.promote_types(mean.dtype, torch.float32)) * share for mean in means]
+    return [total + more for total, more in zip(totals, shares, strict=True)] if totals else shares

@@ -56,47 +56,6 @@ def winograd_conv(slab: Tensor, weights: list[Tensor], bias: Tensor | None) -> T
     return result
 
 
-def winograd_weight_gradient(slab: Tensor, gradient: Tensor) -> Tensor:
-    """Gradient of the weights of :func:`winograd_conv`: its transpose, with half of the multiplications too.
-
-    Six 2D weight gradients, each of which is nine matrix products over all positions: one for every place in the
-    3² kernel.
-
-    Args:
-        slab: what was convolved, ``(N, R + 2, W, D, C)``, R a multiple of :data:`ROWS`.
-        gradient: of the result, ``(N, R, W, D, K)``.
-
-    Returns:
-        ``(K, C, 3, 3, 3)``.
-    """
-    count, rows, width, depth, _ = gradient.shape
-    d0, d1, d2, d3 = (slab[:, i : i + rows : ROWS] for i in range(ROWS))
-    d4, d5 = slab[:, 4::ROWS], slab[:, 5::ROWS]
-    g0, g1, g2, g3 = (gradient[:, i::ROWS] for i in range(ROWS))
-    # padded and flat, so that a place in the kernel is a shift along one axis
-    padded = slab.new_zeros((count, rows // ROWS, width + 2, depth + 2, slab.shape[-1]))
-    of_result = gradient.new_zeros((count, rows // ROWS, width, depth + 2, gradient.shape[-1]))
-    flat = padded.flatten(2, 3).flatten(0, 1)
-    length = width * (depth + 2) - 2
-    flat_of_result = of_result.flatten(2, 3).flatten(0, 1)[:, :length].mT
-
-    def product(x: Tensor, g: Tensor) -> Tensor:
-        padded[:, :, 1:-1, 1:-1], of_result[:, :, :, :-2] = x, g
-        shifts = (i * (depth + 2) + j for i in range(3) for j in range(3))
-        places = [torch.bmm(flat_of_result, flat[:, s : s + length]).sum(0) for s in shifts]
-        return torch.stack(places, dim=-1).unflatten(-1, (3, 3))
-
-    a, b = torch.sub(d4, d2, alpha=4), torch.sub(d3, d1, alpha=4)
-    p, q = g0 + g2, g1 + g3
-    even, odd = _sum_and_difference(product(a + b, p + q), product(a.sub_(b), p.sub_(q)))
-    a, b = d4 - d2, d3 - d1
-    r, s = torch.add(g0, g2, alpha=4), torch.add(g1, g3, alpha=4).mul_(2)
-    inputs = torch.add(a, b, alpha=2), torch.sub(a, b, alpha=2)
-    wide, narrow = _sum_and_difference(product(inputs[0], r + s), product(inputs[1], r.sub_(s)))
-    first, last = product(a.add_(d0 - d2, alpha=4), g0), product((d5 - d3).sub_(b, alpha=4), g3)
-    return torch.stack((first / 4 - even / 6 + wide / 24, narrow / 12 - odd / 6, last + (wide - even) / 6), dim=2)
-
-
 def _sum_and_difference(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     difference = x - y
     return x.add_(y), difference

@@ -16,8 +16,8 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 from monai.data import MetaTensor
-from scripts.atomic import write_json
-from scripts.commandline import main
+from scripts.runtime.atomic_files import write_json
+from scripts.runtime.commandline import main
 from tqdm import tqdm
 
 from benchmarks.unseen_dataset import Pair, UnseenCases, interval, mean_dice

@@ -16,12 +16,12 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 from monai.data import MetaTensor
-from scripts.runtime.atomic_files import write_json
-from scripts.runtime.commandline import main
 from tqdm import tqdm
 
 from benchmarks.unseen_dataset import Pair, UnseenCases, interval, mean_dice
 from scripts.registration import MODES, align, vote, vote_weights
+from scripts.runtime.atomic_files import write_json
+from scripts.runtime.commandline import main
 
 LABELS = (1, 2)
 

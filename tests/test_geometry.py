@@ -21,7 +21,7 @@ from scipy.spatial.transform import Rotation
 
 from scripts.data.preprocessing import PlacedScores, Preprocessing
 from scripts.data.resampling import closest_axes, grid_axes, sample_linear
-from scripts.data.volumes import AFFINE_TOLERANCE_MM, NIFTI_SPACE_FIELDS, load_volume
+from scripts.data.volumes import NIFTI_SPACE_FIELDS, load_volume
 from scripts.inference.native_nifti import native_nifti
 from scripts.inferer import ICLInferer
 
@@ -432,7 +432,3 @@ def test_nothing_is_lost_where_a_scans_slices_are_blank():
     target = made.target(as_volume(voxels, np.eye(4)))
     answer = scored(made, target, torch.ones(2, *target.image.shape[1:]))
     assert torch.all(answer == VALUES[0])
-
-
-def test_affine_tolerance_is_small():
-    assert AFFINE_TOLERANCE_MM <= 0.01

@@ -74,8 +74,8 @@ def registration(
                     }
                 )
                 print(
-                    "{alignment:10s} K={context_size:<2d} {step:10s} Dice {dice[0]:.3f} [{dice[1]:.3f}, {dice[2]:.3f}] "
-                    " {seconds:.2f} s, processors {cpu_seconds:.2f} s  folded {folded:.2%}".format(**rows[-1]),
+                    "{alignment:10s} K={context_size} {step:10s} Dice {dice[0]:.3f} [{dice[1]:.3f}, {dice[2]:.3f}] "
+                    "{seconds:.2f} s, processors {cpu_seconds:.2f} s  folded {folded:.2%}".format(**rows[-1]),
                     flush=True,
                 )
     if output_file:

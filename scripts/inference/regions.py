@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 from torch import Tensor
 
-GRIDS = 2.0
+GRIDS = 1.2
 """A region has about so many times the voxels of the training grid at most; voxels are larger where it would have
 more."""
 

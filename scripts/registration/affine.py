@@ -19,6 +19,9 @@ HUBER = 1.0
 STEP_LIMIT = 0.15
 """Largest change of any entry in one iteration; coordinates are halves of the target's size."""
 
+STRETCH_LIMIT = 1.6
+"""Heads and their parts differ by less, in any direction; transforms beyond are never taken."""
+
 
 @dataclass(frozen=True)
 class Level:
@@ -85,6 +88,7 @@ def gauss_newton(
 
     moving = level.contexts[which] if len(which) != len(level.contexts) else level.contexts
     matrices = level.matrices[which]
+    back = torch.linalg.inv(matrices)
     maps = matrices @ start @ to_world
     best, best_score = maps.clone(), torch.full((len(maps),), -2.0, dtype=torch.float64)
     best_cover = torch.zeros(len(maps), dtype=torch.float64)
@@ -94,7 +98,9 @@ def gauss_newton(
         both = known & (moved != 0).flatten(2)
         score = correlation(target, moved).double().mean(1).cpu()
         cover = (both.any(1).sum(1) / known.any(1).sum().clamp(min=1)).double().cpu()
-        rank = score * overlap_worth(cover)
+        stretch = torch.linalg.svdvals((back @ maps @ torch.linalg.inv(to_world))[:, :3, :3])
+        plausible = (stretch.amin(1) > 1 / STRETCH_LIMIT) & (stretch.amax(1) < STRETCH_LIMIT)
+        rank = torch.where(plausible, score * overlap_worth(cover), -1.5)
         better = rank > best_score
         best[better], best_score[better], best_cover[better] = maps[better], rank[better], cover[better]
         if iteration == iterations:
@@ -116,7 +122,7 @@ def gauss_newton(
         change = torch.eye(4, dtype=torch.float64).repeat(len(maps), 1, 1)
         change[:, :3] += step.unflatten(1, (3, 4))
         maps = maps @ torch.linalg.inv(change)
-    found = torch.linalg.inv(matrices) @ best @ torch.linalg.inv(to_world)
+    found = back @ best @ torch.linalg.inv(to_world)
     return found, best_score, best_cover
 
 

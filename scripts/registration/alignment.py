@@ -253,21 +253,31 @@ def _register(target: _Scan, contexts: Sequence[_Scan], mode: str, spacing: floa
 
 
 def _coarse(target: _Scan, contexts: Sequence[_Scan], finest: float) -> tuple[Tensor, str, Tensor]:
-    """Affine transforms (K, 4, 4) from where scans lie or from the search, what compares better, who was searched."""
+    """Affine transforms (K, 4, 4) from where scans lie or from the search, what compares better, who was searched.
+
+    Each kind of image is registered by itself: under another contrast the intensities would push scans apart.
+    """
     sizes = [float(scan.grid.extent.prod()) ** (1 / 3) for scan in (target, *contexts)]
     spacing = max(min(sizes) / SEARCH_VOXELS, max(sizes) / (2 * SEARCH_VOXELS), finest)
-    level = _level(target, contexts, spacing, KINDS, SEARCH_WINDOW_VOXELS)
+    levels = {kind: _level(target, contexts, spacing, (kind,), SEARCH_WINDOW_VOXELS) for kind in KINDS}
     every = torch.arange(len(contexts))
     in_place = torch.eye(4, dtype=torch.float64).repeat(len(contexts), 1, 1)
-    best, score = _refined(level, torch.stack((in_place, _centred(target, contexts)), 1), every)
-    far = score < GOOD_START
-    if far.any():
-        which = every[far]
-        starts, _ = search(level, [scan.grid.with_spacing(spacing) for scan in contexts], which, CANDIDATES)
-        found, found_score = _refined(level, starts, which)
-        better = found_score > score[far]
-        best[which[better]] = found[better]
-    return best, _better_kind(level, best), far
+    starts = torch.stack((in_place, _centred(target, contexts)), 1)
+    found = {kind: _refined(level, starts, every) for kind, level in levels.items()}
+    far = {kind: score < GOOD_START for kind, (_, score) in found.items()}
+    agreement = {kind: float(score.median()) for kind, (_, score) in found.items()}
+    kind = max(KINDS, key=agreement.__getitem__)
+    frames = [scan.grid.with_spacing(spacing) for scan in contexts]
+    for tried in KINDS if agreement[kind] < GOOD_START else (kind,):
+        if far[tried].any():
+            which = every[far[tried]]
+            best, score = found[tried]
+            new, new_score = _refined(levels[tried], search(levels[tried], frames, which, CANDIDATES)[0], which)
+            better = new_score > score[which]
+            best[which[better]], score[which[better]] = new[better], new_score[better]
+            agreement[tried] = float(score.median())
+    kind = max(KINDS, key=agreement.__getitem__)
+    return found[kind][0], kind, far[kind]
 
 
 def _refined(level: Level, starts: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:

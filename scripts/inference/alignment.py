@@ -32,13 +32,16 @@ from scripts.inference.regions import LabelGroup, extreme_points, group_labels
 from scripts.inference.target import Target
 from scripts.inference.tensor_cache import TensorCache
 from scripts.inference.views import WholeView
-from scripts.registration import MODES, align
+from scripts.registration import align
 from scripts.registration.grids import canonical, resample
 from scripts.runtime.atomic_files import write_json
 
 __all__ = ["MODES", "AlignedContexts"]
 
 logger = logging.getLogger(__name__)
+
+MODES = ("affine", "deformable")
+"""How far contexts are brought to a target."""
 
 BATCH = 8
 """Contexts that are registered at once."""

@@ -322,15 +322,15 @@ def resampled(placed: PlacedScores, target: MetaTensor) -> Tensor:
         placed: scores, and where they are.
         target: ``(1, h, w, d)``, from :meth:`Preprocessing.target`.
     """
-    weights = []
-    for own, there, size, count in zip(
-        target_axes(target), target_axes(placed.target), target.shape[1:], placed.scores.shape, strict=True
+    found = placed.scores.float()
+    for axis, (own, there, size, count) in enumerate(
+        zip(target_axes(target), target_axes(placed.target), target.shape[1:], placed.scores.shape, strict=True)
     ):
         places = own.start + (torch.arange(size, dtype=torch.float64) - own.before) * own.step  # in the scan
         places = (places - there.start) / there.step + there.before
         away = (places[:, None] - torch.arange(count, dtype=torch.float64)).abs()
-        weights.append((1 - away).clamp(min=0).float())
-    return torch.einsum("ah,bw,cd,hwd->abc", *weights, placed.scores.float())
+        found = torch.tensordot(found, (1 - away).clamp(min=0).float(), ([axis], [1])).movedim(-1, axis)
+    return found
 
 
 class _LabelScores:

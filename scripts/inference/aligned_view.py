@@ -17,7 +17,7 @@ from scripts.data.preprocessing import PERCENTILES
 from scripts.inference.views import Members, Parts, WindowScores
 from scripts.registration import Alignment, vote, vote_weights
 
-MISALIGNED_PART = 0.2
+COVERING_PART = 0.2
 """A context votes only if it covers at least so much of the region."""
 
 
@@ -71,7 +71,7 @@ class AlignedView:
         device = found.displacement.device if found.displacement is not None else self.image.device
         warped = found.warp(both.to(device), k, self.image.shape[1:], self.image.affine).cpu()
         seen = warped[1] > MASK_THRESHOLD
-        if seen.float().mean() < MISALIGNED_PART:
+        if seen.float().mean() < COVERING_PART:
             return
         self._images[number] = _scaled(warped[:1], seen)
         self._answers[number] = (_scaled(warped[2:], seen) if self._generation else warped[2:]).half()

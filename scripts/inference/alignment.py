@@ -52,6 +52,9 @@ COARSE_VOXELS = 250_000
 REACH = 0.15
 """Contexts whose similarity on the whole scan is farther than this below the best one's say nothing of regions."""
 
+ENOUGH = 5
+"""So many contexts that one of them may be disregarded where a region ends."""
+
 REFERENCES = 2
 """Contexts that a target is registered to by search; the others start from there."""
 
@@ -101,7 +104,7 @@ class AlignedContexts:
         self.divisor = divisor
         self._record = None if record is None else Path(record)
         self._known: dict[int, _Known] = {}
-        self._from_first: dict[int, np.ndarray] = {}
+        self._from_first: dict[int, np.ndarray | None] = {}
         self._groups: dict[tuple[int, ...], list[LabelGroup]] = {}
         self._crops = TensorCache(budget_bytes)
         self._read_record()
@@ -118,8 +121,8 @@ class AlignedContexts:
         for number in tqdm(range(count), "looking at contexts", unit="pair", disable=count <= BATCH):
             self._know(number)
         new = [number for number in range(count) if number not in self._from_first]
-        for start in tqdm(range(0, len(new), BATCH), "aligning contexts", disable=len(new) <= BATCH):
-            self._relate(new[start : start + BATCH])
+        for part in tqdm(_batches(new), "aligning contexts", disable=len(new) <= BATCH):
+            self._relate(part)
         self.groups(values)
         if new:
             self._write_record()
@@ -155,12 +158,10 @@ class AlignedContexts:
                 if kept is not None:
                     self._crops.put((kind, here), kept)
         if 0 in same.values():  # transforms are from the world of the first context here
-            first = next(there for there, here in same.items() if here == 0)
-            if first in other._from_first:
-                back = np.linalg.inv(other._from_first[first])
-                self._from_first |= {
-                    here: other._from_first[there] @ back for there, here in same.items() if there in other._from_first
-                }
+            first = other._from_first.get(next(there for there, here in same.items() if here == 0))
+            if first is not None:
+                known = {here: other._from_first.get(there) for there, here in same.items()}
+                self._from_first |= {n: m @ np.linalg.inv(first) for n, m in known.items() if m is not None}
 
     def _know(self, number: int) -> _Known:
         if number not in self._known:
@@ -175,12 +176,12 @@ class AlignedContexts:
         return self._known[number]
 
     def _relate(self, numbers: Sequence[int]) -> None:
-        """Transforms from the world of the first context to those of others."""
-        others = [number for number in numbers if number != 0]
+        """Transforms from the world of the first context to those of others; None where they do not align."""
         self._from_first[0] = np.eye(4)
-        if others:
-            found = align(self._on_device(0), [self._on_device(number) for number in others], "affine")
-            self._from_first |= {number: found.affine[k].numpy() for k, number in enumerate(others)}
+        for part in _batches([number for number in numbers if number != 0]):
+            found = align(self._on_device(0), [self._on_device(number) for number in part], "affine")
+            for k, number in enumerate(part):
+                self._from_first[number] = found.affine[k].numpy() if bool(found.aligned[k]) else None
 
     def _on_device(self, number: int) -> MetaTensor:
         return self._know(number).image.to(self.device)
@@ -234,30 +235,31 @@ class AlignedContexts:
         target.views = [*views, *([EmptyView(target.image, rest)] if rest else [])]
 
     def _preselected(self, target: Target, numbers: list[int]) -> list[int]:
-        if not self.context.chooses:
-            return numbers
+        """Those that may serve, the ones that look most like the target as they are first."""
         alike = self.context.similarity(target.image).tolist()
-        most = PRESELECTED * self.context.serving
-        return sorted(sorted(numbers, key=lambda n: (-alike[n], n))[:most])
+        ranked = sorted(numbers, key=lambda n: (-alike[n], n))
+        return ranked[: PRESELECTED * self.context.serving] if self.context.chooses else ranked
 
     def _whole(self, scan: MetaTensor, numbers: Sequence[int]) -> tuple[dict[int, Tensor], dict[int, float]]:
         """Affine transforms from a scan's world to those of contexts, and how alike they are after it."""
-        first = align(scan, [self._on_device(number) for number in numbers[:REFERENCES]], "affine")
-        best = int(first.similarity.argmax())
-        if not bool(first.aligned[best]):  # the others may still do
-            found = [align(scan, [self._on_device(n) for n in part], "affine") for part in _batches(numbers)]
-        else:
-            if any(number not in self._from_first for number in numbers):
-                self._relate([number for number in numbers if number not in self._from_first])
-            to_first = np.linalg.inv(self._from_first[numbers[best]]) @ first.affine[best].numpy()
-            starts = torch.stack([torch.from_numpy(self._from_first[n] @ to_first) for n in numbers])
-            found = [
-                align(scan, [self._on_device(n) for n in part], "affine", start=start)
-                for part, start in zip(_batches(numbers), starts.split(BATCH), strict=True)
-            ]
-        affines = torch.cat([one.affine for one in found])
-        similarity = torch.cat([one.similarity for one in found]).tolist()
-        return dict(zip(numbers, affines, strict=True)), dict(zip(numbers, similarity, strict=True))
+        self._relate([number for number in numbers if number not in self._from_first])
+        related = [number for number in numbers if self._from_first[number] is not None]
+        starts: dict[int, Tensor] = {}
+        references = related[:REFERENCES]
+        if len(related) > len(references):
+            first = align(scan, [self._on_device(number) for number in references], "affine")
+            best = int(first.similarity.argmax())
+            if bool(first.aligned[best]):  # else the others may still do
+                to_first = np.linalg.inv(self._from_first[references[best]]) @ first.affine[best].numpy()
+                starts = {number: torch.from_numpy(self._from_first[number] @ to_first) for number in related}
+        affines, similarity = {}, {}
+        searched = [number for number in numbers if number not in starts]
+        for part in [*_batches(list(starts)), *_batches(searched)]:
+            near = torch.stack([starts[number] for number in part]) if part[0] in starts else None
+            found = align(scan, [self._on_device(number) for number in part], "affine", start=near)
+            affines |= dict(zip(part, found.affine, strict=True))
+            similarity |= dict(zip(part, found.similarity.tolist(), strict=True))
+        return affines, similarity
 
     def _view(
         self, target: Target, group: LabelGroup, starts: Mapping[int, Tensor], near: Sequence[int]
@@ -305,8 +307,9 @@ class AlignedContexts:
         if not clouds:
             return None
         zooms = nib.affines.voxel_sizes(np.asarray(scan.affine, dtype=float))
-        low = np.min([cloud.min(0) for cloud in clouds], axis=0) - group.margin_mm / zooms
-        high = np.max([cloud.max(0) for cloud in clouds], axis=0) + group.margin_mm / zooms
+        odd = int(len(clouds) >= ENOUGH)  # on each side one may be far off
+        low = np.sort([cloud.min(0) for cloud in clouds], axis=0)[odd] - group.margin_mm / zooms
+        high = np.sort([cloud.max(0) for cloud in clouds], axis=0)[-1 - odd] + group.margin_mm / zooms
         # rounded, for what is left of a reorientation is in the last digits
         low, high = np.floor(np.round(low, 3)).astype(int), np.ceil(np.round(high, 3)).astype(int) + 1
         low, high = np.maximum(low, 0), np.minimum(high, scan.shape[1:])
@@ -371,7 +374,7 @@ class AlignedContexts:
 
     def _write_record(self) -> None:
         if self._record is not None:
-            transforms = {str(number): matrix.tolist() for number, matrix in self._from_first.items()}
+            transforms = {str(n): matrix.tolist() for n, matrix in self._from_first.items() if matrix is not None}
             write_json({"contexts": self._key(), "transforms": transforms}, self._record)
 
 

@@ -37,7 +37,7 @@ from scripts.inference.context_source import gather_contexts
 from scripts.inference.contexts import ContextSet
 from scripts.inference.network_passes import Passes
 from scripts.inference.target import OnLabel, Target
-from scripts.inference.views import EVEN_SHARE, Episodes, Members, Parts, WholeView, mixed
+from scripts.inference.views import EVEN_SHARE, Episodes, Members, Parts, mixed
 from scripts.networks import Neuroverse3D
 from scripts.runtime.memory import cache_bytes
 from scripts.runtime.processes import usable_device
@@ -273,6 +273,7 @@ class ICLInferer(Inferer):
         started = time.monotonic()
         self.prepare_views(target)
         members = self.members_of(target)
+        self._log_contexts(target, members)
         target.used = {value: [self.context.names[i] for i in chosen] for value, chosen in members.items()}
         aligned = time.monotonic()
         target.scores = [mixed(part, self.share) for part in self.parts(target, network, members)]
@@ -284,7 +285,7 @@ class ICLInferer(Inferer):
         if target.views:
             return
         if self.aligned is None:
-            target.views = [WholeView(target.image, self.label_values, self.context)]
+            target.show_as_it_is(self.label_values, self.context)
         else:
             self.aligned.prepare(target, self.label_values, self._eligible(target))
 
@@ -300,17 +301,19 @@ class ICLInferer(Inferer):
             target: with its views.
             among: numbers of the contexts that may be used; None for all.
         """
-        context, eligible = self.context, self._eligible(target)
-        similarity = None
-        if self.aligned is not None:
-            eligible = {value: [i for i in pool if i in target.aligned] for value, pool in eligible.items()}
-            similarity = torch.tensor([target.aligned.get(i, -1.0) for i in range(len(context))])
-        elif context.chooses:
-            similarity = context.similarity(target.image)
         members = {}
-        for value, pool in eligible.items():
-            members[value] = context.choose([i for i in pool if among is None or i in among], similarity)
+        for value, pool in self._eligible(target).items():
+            aligned = value not in target.as_it_is
+            pool = [i for i in pool if (i in target.aligned or not aligned) and (among is None or i in among)]
+            similarity = self._similarity(target, aligned) if self.context.chooses else None
+            members[value] = self.context.choose(pool, similarity)
         return members
+
+    def _similarity(self, target: Target, aligned: bool) -> Tensor:
+        """Of each context to a target: after alignment, or as they are."""
+        if not aligned:
+            return self.context.similarity(target.image)
+        return torch.tensor([target.aligned.get(i, -1.0) for i in range(len(self.context))])
 
     def parts(self, target: Target, network: torch.nn.Module, members: Members) -> list[Parts]:
         """What network and contexts say in each view of a target, on the CPU.
@@ -368,12 +371,20 @@ class ICLInferer(Inferer):
     def _eligible(self, target: Target) -> dict[int, list[int]]:
         """Numbers of the contexts that have a label and are not the target itself, by label."""
         itself = self.context.of_same_subject(target.digest)
-        found = {value: [i for i in self.context.holding(value) if i not in itself] for value in self.label_values}
-        for value, pool in found.items():
+        return {value: [i for i in self.context.holding(value) if i not in itself] for value in self.label_values}
+
+    def _log_contexts(self, target: Target, members: Members) -> None:
+        for value, pool in self._eligible(target).items():
             if not pool:
                 which = "" if self.task == "generation" else f" with label {value}"
                 logger.warning("there is no context%s but the target itself: its prediction is empty", which)
-        return found
+        if self.context.chooses:
+            for chosen in dict.fromkeys(map(tuple, members.values())):
+                values = [value for value, numbers in members.items() if tuple(numbers) == chosen]
+                similarity = self._similarity(target, values[0] not in target.as_it_is)
+                served, names = ", ".join(map(str, values)), self.context.names
+                shown = ", ".join(f"{names[i]} ({similarity[i]:.2f})" for i in chosen)
+                logger.info("most similar contexts for label %s: %s", served, shown)
 
 
 def as_volume(source: Volume, exact: bool = False) -> MetaTensor:

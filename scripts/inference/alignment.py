@@ -28,10 +28,9 @@ from scripts.data.preprocessing import Preprocessing, bounding_box
 from scripts.data.resampling import grid_axes
 from scripts.inference.aligned_view import AlignedView, EmptyView
 from scripts.inference.contexts import ContextSet, listing
-from scripts.inference.regions import LabelGroup, extreme_points, group_labels
+from scripts.inference.regions import LabelGroup, extreme_points, group_labels, overlap_of_boxes
 from scripts.inference.target import Target
 from scripts.inference.tensor_cache import TensorCache
-from scripts.inference.views import WholeView
 from scripts.registration import align
 from scripts.registration.grids import canonical, resample
 from scripts.runtime.atomic_files import write_json
@@ -48,6 +47,9 @@ BATCH = 8
 
 COARSE_VOXELS = 250_000
 """Of the volumes that whole scans are registered with, about."""
+
+SCATTERED = 0.2
+"""Mean overlap (Jaccard index) of a label's boxes in pairs of contexts, below which they tell nothing of its place."""
 
 REACH = 0.15
 """Contexts whose similarity on the whole scan is farther than this below the best one's say nothing of regions."""
@@ -106,6 +108,7 @@ class AlignedContexts:
         self._known: dict[int, _Known] = {}
         self._from_first: dict[int, np.ndarray | None] = {}
         self._groups: dict[tuple[int, ...], list[LabelGroup]] = {}
+        self._scattered_of: dict[tuple[int, ...], list[int]] = {}
         self._crops = TensorCache(budget_bytes)
         self._read_record()
 
@@ -123,10 +126,30 @@ class AlignedContexts:
         new = [number for number in range(count) if number not in self._from_first]
         for part in tqdm(_batches(new), "aligning contexts", disable=len(new) <= BATCH):
             self._relate(part)
-        self.groups(values)
+        scattered = self._scattered(values)
+        self.groups([value for value in values if value not in scattered])
         if new:
             self._write_record()
             logger.info("%d contexts brought to each other in %.1f s", len(new), time.monotonic() - started)
+
+    def _scattered(self, values: Sequence[int]) -> list[int]:
+        """Labels that lie elsewhere in every context, as lesions do, once the contexts are brought to each other.
+
+        Where they lie in the contexts says nothing of where they are in a target, so they have no region.
+        """
+        if self.context.generation:
+            return []
+        key = tuple(values)
+        if key not in self._scattered_of:
+            points = [
+                {v: nib.affines.apply_affine(np.linalg.inv(matrix), p) for v, p in self._know(number).points.items()}
+                for number, matrix in sorted(self._from_first.items())
+                if matrix is not None
+            ]
+            found = self._scattered_of[key] = [value for value in values if overlap_of_boxes(points, value) < SCATTERED]
+            if found:
+                logger.info("labels %s lie elsewhere in every context: scans are shown as they are", found)
+        return self._scattered_of[key]
 
     def groups(self, values: Sequence[int]) -> list[LabelGroup]:
         """Labels that share a region, by the context set alone."""
@@ -199,15 +222,18 @@ class AlignedContexts:
             eligible: by label, numbers of the contexts that come into question.
         """
         numbers = self._preselected(target, sorted({number for pool in eligible.values() for number in pool}))
-        if not numbers:
-            target.views = [WholeView(target.image, values, self.context)]
+        scattered = self._scattered(values)
+        followed = [value for value in values if value not in scattered]
+        if scattered or not numbers:
+            target.show_as_it_is(scattered if numbers else values, self.context)
+        if not (numbers and followed):
             return
         scan = coarser(target.scan, COARSE_VOXELS).to(self.device)
         starts, similarity = self._whole(scan, numbers)
         best = max(similarity.values())
         near = [number for number in numbers if similarity[number] >= best - REACH]
         views, words = [], {}
-        for group in self.groups(values):
+        for group in self.groups(followed):
             view = self._view(target, group, {n: starts[n] for n in numbers}, near)
             if view is not None:
                 views.append(view)
@@ -223,16 +249,17 @@ class AlignedContexts:
             },
             "left_out": [self.context.names[n] for n in left_out],
             "regions": [view.facts for view in views],
+            "as_it_is": scattered,
         }
         if not target.aligned:
             target.warnings.append("no context could be aligned: the prediction is not to be trusted")
-            target.views = [WholeView(target.image, values, self.context)]
+            target.show_as_it_is(followed, self.context)
             return
         if left_out:
             target.warnings.append(f"not aligned and left out: {listing(target.alignment['left_out'])}")
         served = {value for view in views for value in view.values}
-        rest = [value for value in values if value not in served]
-        target.views = [*views, *([EmptyView(target.image, rest)] if rest else [])]
+        rest = [value for value in followed if value not in served]
+        target.views += [*views, *([EmptyView(target.image, rest)] if rest else [])]
 
     def _preselected(self, target: Target, numbers: list[int]) -> list[int]:
         """Those that may serve, the ones that look most like the target as they are first."""

@@ -49,6 +49,21 @@ def extreme_points(mask: Tensor, affine: Tensor) -> np.ndarray:
     return np.asarray(world[(world @ _DIRECTIONS.T).argmax(0)], dtype=np.float64)
 
 
+def overlap_of_boxes(points: Sequence[Mapping[int, np.ndarray]], value: int) -> float:
+    """Mean Jaccard index of a label's bounding boxes over all pairs of contexts; 1 where fewer than two have it.
+
+    Args:
+        points: of each context, by label, from :func:`extreme_points`, all in one world.
+        value: the label.
+    """
+    boxes = [(cloud.min(0), cloud.max(0)) for cloud in (p[value] for p in points if value in p)]
+    found = []
+    for (low, high), (other_low, other_high) in itertools.combinations(boxes, 2):
+        both = np.prod(np.maximum(np.minimum(high, other_high) - np.maximum(low, other_low) + 1, 0))
+        found.append(both / (np.prod(high - low + 1) + np.prod(other_high - other_low + 1) - both))
+    return float(np.mean(found)) if found else 1.0
+
+
 def group_labels(
     points: Sequence[Mapping[int, np.ndarray]], values: Sequence[int], voxel_mm: float, grid_voxels: int
 ) -> list[LabelGroup]:

@@ -11,7 +11,8 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from scripts.data.preprocessing import PlacedScores
-from scripts.inference.views import View
+from scripts.inference.contexts import ContextSet
+from scripts.inference.views import View, WholeView
 
 OnLabel = Callable[[int, int, int], None]
 """Called with label, labels done and labels in all."""
@@ -29,6 +30,7 @@ class Target:
         case: what the folder it comes from says of it.
         views: where the network looked; empty before.
         scores: of each view, ``(k, h, w, d)`` for its labels.
+        as_it_is: labels for which the target is shown as it is, beside contexts that are not brought to it.
         aligned: by number of each context that was brought to the scan, its similarity there.
         used: names of the contexts by label.
         alignment: for ``report.json``, how the contexts were brought to the scan; None if they were not.
@@ -46,6 +48,7 @@ class Target:
     case: Mapping[str, Any] = field(default_factory=dict)
     views: list[View] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
+    as_it_is: set[int] = field(default_factory=set)
     aligned: dict[int, float] = field(default_factory=dict)
     used: dict[int, list[str]] = field(default_factory=dict)
     alignment: dict[str, Any] | None = None
@@ -59,6 +62,11 @@ class Target:
     def trusted(self) -> bool:
         """False if contexts were to be brought to the scan, and none could be."""
         return self.alignment is None or bool(self.aligned)
+
+    def show_as_it_is(self, values: Sequence[int], context: ContextSet) -> None:
+        """Add a view of the whole target beside the contexts as they are, for some labels."""
+        self.views.append(WholeView(self.image, values, context))
+        self.as_it_is.update(values)
 
     def scores_by_label(self) -> dict[int, PlacedScores]:
         """Scores of each label on the voxels of the view that answers for it, with that view's place in the scan."""

@@ -221,6 +221,7 @@ class AlignedContexts:
             values: labels.
             eligible: by label, numbers of the contexts that come into question.
         """
+        self.describe(values)
         numbers = self._preselected(target, sorted({number for pool in eligible.values() for number in pool}))
         scattered = self._scattered(values)
         followed = [value for value in values if value not in scattered]

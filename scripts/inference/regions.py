@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 from torch import Tensor
 
-GRIDS = 1.2
+GRIDS = 2.0
 """A region has about so many times the voxels of the training grid at most; voxels are larger where it would have
 more."""
 
@@ -22,7 +22,10 @@ MARGIN_MM = 8.0
 """...and at least so much: contexts' borders lie within it after an affine registration."""
 
 COARSER = 1.3
-"""Labels share a region if its voxels are no more than this times as large as either would have alone."""
+"""Labels share a region if its voxels are no more than this times as large as either would have alone..."""
+
+MORE = 1.2
+"""...and no more than this times as many as both would have alone."""
 
 _DIRECTIONS = np.array([d for d in itertools.product((-1, 0, 1), repeat=3) if any(d)], dtype=np.float32)
 
@@ -35,11 +38,13 @@ class LabelGroup:
         values: label numbers.
         spacing_mm: voxel edge of the region.
         margin_mm: beyond where the contexts' labels come to lie.
+        voxels: of the region, about.
     """
 
     values: tuple[int, ...]
     spacing_mm: float
     margin_mm: float
+    voxels: float
 
 
 def extreme_points(mask: Tensor, affine: Tensor) -> np.ndarray:
@@ -84,19 +89,25 @@ def group_labels(
     def group(labels: tuple[int, ...]) -> LabelGroup:
         edges = edges_of(labels)
         margin = np.maximum(MARGIN * edges, MARGIN_MM)
-        fitting = (np.prod(edges + 2 * margin) / (GRIDS * grid_voxels)) ** (1 / 3)
-        return LabelGroup(labels, round(max(voxel_mm, float(fitting)), 3), float(margin.max()))
+        volume = float(np.prod(edges + 2 * margin))
+        spacing = round(max(voxel_mm, (volume / (GRIDS * grid_voxels)) ** (1 / 3)), 3)
+        return LabelGroup(labels, spacing, float(margin.max()), volume / spacing**3)
+
+    def price(a: LabelGroup, b: LabelGroup, both: LabelGroup) -> float:
+        """Of sharing a region; it is worth it up to 1."""
+        coarser = both.spacing_mm / min(a.spacing_mm, b.spacing_mm)
+        return max(coarser / COARSER, both.voxels / (MORE * (a.voxels + b.voxels)))
 
     place = {value: i for i, value in enumerate(values)}
     groups = [group((value,)) for value in values]
     while len(groups) > 1:
         joined = [
-            (both.spacing_mm / min(a.spacing_mm, b.spacing_mm), i, j, both)
+            (price(a, b, both), i, j, both)
             for (i, a), (j, b) in itertools.combinations(enumerate(groups), 2)
             for both in (group(tuple(sorted((*a.values, *b.values), key=place.__getitem__))),)
         ]
-        ratio, i, j, both = min(joined, key=lambda one: one[:3])
-        if ratio > COARSER:
+        least, i, j, both = min(joined, key=lambda one: one[:3])
+        if least > 1:
             break
         groups = [g for k, g in enumerate(groups) if k not in (i, j)] + [both]
     return sorted(groups, key=lambda g: place[g.values[0]])

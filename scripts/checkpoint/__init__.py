@@ -1,6 +1,7 @@
 """Checkpoint files <-> networks: ``files`` -> ``state`` (our format) -> ``authors`` (theirs) -> ``commands``.
 
-Comes in: a weights file, or a network. Goes out: a network, or a weights file. May use: networks, runtime.
+In: a weights file, or a network. Out: a network, or a weights file.
+May use: networks, runtime.
 
 Our format is a plain ``state_dict`` of tensors, which is what MONAI's bundle specification, MONAI Label and
 MONAI Deploy read. A checkpoint knows its own network: widths, stages and convs per block follow from the

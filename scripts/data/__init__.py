@@ -1,4 +1,9 @@
-"""Files -> cases -> groups; nothing here knows about the network."""
+"""Files -> cases -> groups; nothing here knows about the network.
+
+In: dataset folders, raw files (``conversion``), or seeds (``synthesis``). Out: preprocessed cases, groups of them for
+training, and predictions brought back to a scan's own voxels.
+May use: runtime.
+"""
 
 from scripts.data.augmentation import GroupAugmentation
 from scripts.data.collection import Collection

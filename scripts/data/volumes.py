@@ -22,7 +22,7 @@ from monai.utils import optional_import
 
 from scripts.data.grids import grid_difference, on_axes_of
 from scripts.data.label_numbers import label_numbers
-from scripts.runtime.host_memory import free_host_memory
+from scripts.runtime.memory import free_host_memory
 
 # MONAI tells with every reader it makes, that is with every file, that a GPU decoder for DICOM is absent
 logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").addFilter(lambda record: record.levelno >= logging.ERROR)

@@ -15,7 +15,8 @@ from scripts.data.integrity import examine
 from scripts.data.nnunet import Case, DatasetError
 from scripts.data.preprocessing import Preprocessing, fit_spacing
 from scripts.data.volumes import load_exact, load_volume
-from scripts.inference.contexts import NAMES_SHOWN, ContextSet, Example, listing
+from scripts.inference.context_pairs import Example
+from scripts.inference.contexts import NAMES_SHOWN, ContextSet, listing
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from scripts.inference.contexts import ContextSet
+from scripts.inference.memory_plan import fitting_pairs, map_bytes
 from scripts.inference.tensor_cache import TensorCache
 from scripts.networks import Neuroverse3D
-from scripts.runtime.memory import cache_bytes, fitting_pairs, is_out_of_memory, map_bytes
+from scripts.runtime.memory import cache_bytes, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,10 @@
-"""The in-context network: a target and (image, label) pairs in, the target's prediction out.
+"""The in-context network.
+
+In: a target and (image, label) pairs on one grid, as tensors. Out: the target's prediction.
+May use: no other room.
 
 ``kernels`` -> ``blocks`` -> ``parts`` -> ``neuroverse3d`` is the method; ``execution`` decides whether the parts run as
-they are or as in ``slabwise`` and ``winograd``, which only make predictions on a CPU cheaper. Uses no other room.
+they are or as in ``slabwise`` and ``winograd``, which only make predictions on a CPU cheaper.
 """
 
 from scripts.networks.neuroverse3d import Neuroverse3D

@@ -2,7 +2,7 @@
 
 In: a target and K context images, each a ``MetaTensor`` (1, H, W, D) with its affine (RAS, mm); images of any scale.
 Out: an :class:`Alignment`, which warps images and soft masks of a context onto any grid, and weights for votes.
-May use: torch, MONAI's MetaTensor, nibabel, scipy. Knows no files, no network, no other room.
+Knows no files and no network. May use: no other room.
 """
 
 from scripts.registration.alignment import MODES, Alignment, align

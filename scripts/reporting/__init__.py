@@ -1,4 +1,5 @@
 """Results -> what people look at: report files, the HTML page, pictures.
 
-Comes in: report entries, images and label maps as arrays. Goes out: JSON, CSV, HTML and PNG files. May use: runtime.
+In: report entries, images and label maps as arrays. Out: JSON, CSV, HTML and PNG files.
+May use: runtime.
 """

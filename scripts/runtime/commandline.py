@@ -42,7 +42,8 @@ def main(component: Callable | Mapping[str, Callable]) -> None:
     debug, arguments = _without_debug(sys.argv[1:])
     install_one_line_errors(debug)
     exit_on_sigterm()
-    function, name = component, Path(sys.argv[0]).stem
+    program = Path(sys.argv[0])
+    function, name = component, program.parent.name if program.stem == "__main__" else program.stem
     verb = []
     if isinstance(component, Mapping):
         verb = [a for a in arguments[:1] if not a.startswith("-")]

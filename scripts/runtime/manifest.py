@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from scripts.data.files import read_json
 from scripts.runtime.output_folder import write_text
 
 MANIFEST = "manifest.json"
@@ -25,24 +24,28 @@ _UNKNOWN = "unknown"
 
 
 def write_manifest(
-    folder: str | Path, config: Mapping[str, Any], options: Mapping[str, Any], listing: Iterable[tuple[str, Any]]
+    folder: str | Path,
+    config: Mapping[str, Any],
+    options: Mapping[str, Any],
+    listing: Iterable[tuple[str, Any]],
+    before: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a run's ``manifest.json``; a resumed run's earlier manifest goes into its ``earlier``.
+    """Write a run's ``manifest.json``.
 
     Args:
         folder: the run's folder.
         config: the configuration as run.
         options: its options' values, expressions worked out.
         listing: name of every case that the run is made from, and a digest of it, in any order.
+        before: manifest of the run that this one resumes; it goes into ``earlier``, behind its own.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    path = Path(folder) / MANIFEST
     earlier = []
-    if options.get("resume") and path.is_file():
-        before = read_json(path, dict, "expected the manifest of a run")
-        earlier = [*before.pop("earlier", []), before]
+    if before is not None:
+        own = {name: part for name, part in before.items() if name != "earlier"}
+        earlier = [*before.get("earlier", []), own]
     weights = next((options[name] for name in _WEIGHTS if options.get(name)), None)
     present = weights is not None and Path(weights).is_file()
     lines = sorted(f"{name}\t{digest}\n" for name, digest in listing)
@@ -56,7 +59,7 @@ def write_manifest(
         "config": dict(config),
         "earlier": earlier,
     }
-    write_text(json.dumps(manifest, indent=1, default=str) + "\n", path)
+    write_text(json.dumps(manifest, indent=1, default=str) + "\n", Path(folder) / MANIFEST)
 
 
 def bundle_identity() -> dict[str, str]:

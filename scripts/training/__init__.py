@@ -1,5 +1,6 @@
 """Episodes -> weights: the run's folder, engines, handlers.
 
-Comes in: a dataset of groups, a network, an optimiser. Goes out: a run folder with weights, metrics and pictures.
-May use: networks, data, reporting (pictures), runtime.
+In: a dataset of groups, a network, an optimiser. Out: a run folder with weights, metrics and pictures.
+:mod:`scripts.losses` is this room's door.
+May use: checkpoint, data, networks, reporting, runtime.
 """

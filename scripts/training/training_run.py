@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from scripts.checkpoint import CheckpointError, atomic_save, read_checkpoint
 from scripts.data import Collection, EpisodeDataset, PreparedCases
+from scripts.data.files import read_json
 from scripts.networks import Neuroverse3D
 from scripts.runtime.manifest import MANIFEST, write_manifest
 from scripts.runtime.output_folder import OutputFolder, write_json, write_text
@@ -257,7 +258,11 @@ class TrainingRun:
                 self.collection.write_split(self.folder / SPLIT)
                 write_json(self.collection.describe(), self.folder / "rows.json")
             if options is not None:
-                write_manifest(self.folder, config, dict(options) | {"resume": self.resume}, self._listing())
+                path = self.folder / MANIFEST
+                before = None
+                if self.resume and path.is_file():
+                    before = read_json(path, dict, "expected the manifest of a run")
+                write_manifest(self.folder, config, dict(options) | {"resume": self.resume}, self._listing(), before)
         logger.info(
             "training %d parameters, channels %s, epochs %d to %d, into %s",
             sum(p.numel() for p in self.network.parameters()),

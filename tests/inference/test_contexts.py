@@ -11,8 +11,9 @@ from monai.data import MetaTensor
 from scripts.data import volumes
 from scripts.data.example_pairs import context_cases
 from scripts.data.volumes import load_volume, volume_digest
-from scripts.inference import contexts
+from scripts.inference import context_pairs
 from scripts.inference.context_source import load_contexts
+from scripts.inference.last_used import LastUsed
 
 GRID = (16, 16, 16)
 NAMES = [f"p{i}" for i in range(6)]
@@ -72,7 +73,7 @@ def test_pairs_that_another_set_has_read_are_taken_over(root, monkeypatch):
 
 def test_no_more_pairs_are_kept_than_are_to_be():
     asked = []
-    kept = contexts._LastUsed(lambda number: asked.append(number) or -number, 2)
+    kept = LastUsed(lambda number: asked.append(number) or -number, 2)
     assert [kept(n) for n in (1, 2, 1, 3, 1, 2)] == [-1, -2, -1, -3, -1, -2]
     assert asked == [1, 2, 3, 2]  # 2 was used longest ago when 3 came
     assert kept.get(3) is None and kept.get(1) == -1
@@ -204,7 +205,7 @@ def counted(monkeypatch):
 
 
 def test_contexts_of_all_targets_are_read_once(root, monkeypatch):
-    monkeypatch.setattr(contexts, "_CACHE_BYTES", 0)
+    monkeypatch.setattr(context_pairs, "_CACHE_BYTES", 0)
     read = counted(monkeypatch)
     found = load_contexts(*[context_cases(root)] * 2, GRID)
     assert not read  # nothing is read that is not asked for
@@ -216,7 +217,7 @@ def test_contexts_of_all_targets_are_read_once(root, monkeypatch):
 
 def test_of_many_candidates_only_some_are_kept(root, monkeypatch):
     read = counted(monkeypatch)
-    monkeypatch.setattr(contexts, "_CACHE_BYTES", 3 * 5 * 16**3)  # three pairs
+    monkeypatch.setattr(context_pairs, "_CACHE_BYTES", 3 * 5 * 16**3)  # three pairs
     cases = context_cases(root)
     found = load_contexts(cases, cases, GRID, similar=2)
     found.describe()

@@ -10,7 +10,8 @@ from monai.data import MetaTensor
 from scripts.data.label_decision import winning_label
 from scripts.data.preprocessing import PlacedScores, Preprocessing
 from scripts.inference.confidence import ConfidentInferer
-from scripts.inference.contexts import ContextSet, Example
+from scripts.inference.context_pairs import Example
+from scripts.inference.contexts import ContextSet
 from scripts.inference.self_test import (
     dice_by_label,
     dice_in_views,
@@ -33,11 +34,8 @@ class Given(ContextSet):
     def __init__(self, images, labels, digests):
         examples = [Example(f"context {i}", "", "", digest, digest) for i, digest in enumerate(digests)]
         super().__init__(examples, Preprocessing((SIZE,) * 3, 1.0))
-        self._given = images, labels
-
-    def _read(self, number):
-        images, labels = self._given
-        return images[number], labels[number], (0.0, 1.0)
+        for number, pair in enumerate(zip(images, labels, strict=True)):
+            self._pairs._on_grid.put(number, (*pair, (0.0, 1.0)))
 
 
 def context_set(labels, digests=None):

@@ -1,5 +1,4 @@
 """Seeds and label maps -> cohorts of made-up subjects.
 
-Comes in: a seed, perhaps a folder of label maps. Goes out: images and labels of a cohort's subjects, in memory or as a
-dataset. May use: the rest of data, runtime.
+In: a seed, perhaps a folder of label maps. Out: images and labels of a cohort's subjects, in memory or as a dataset.
 """

@@ -20,7 +20,7 @@ from scripts.apps.monailabel.model_folder import ModelFolder  # noqa: E402
 from scripts.apps.monailabel.predictors import DEFAULTS, app_options  # noqa: E402
 from scripts.apps.monailabel.statuses import NotFoundError, clear_statuses  # noqa: E402
 from scripts.data.volumes import load_volume  # noqa: E402
-from scripts.inference.contexts import ContextSet  # noqa: E402
+from scripts.inference.context_pairs import ContextPairs  # noqa: E402
 from scripts.inferer import as_volume  # noqa: E402
 from scripts.networks import Neuroverse3D  # noqa: E402
 from tests.apps.monailabel.conftest import save_random_weights  # noqa: E402
@@ -45,7 +45,7 @@ def make_app(tmp_path, weights, make_app_dir, monkeypatch):
 def counted(monkeypatch):
     """How many context pairs were encoded, and how many were read and brought to the grid."""
     counts = {"encoded": 0, "read": 0}
-    encode, read = Neuroverse3D.encode_stems, ContextSet._read
+    encode, read = Neuroverse3D.encode_stems, ContextPairs.read
 
     def counting_encode(self, pairs):
         counts["encoded"] += pairs.shape[1]
@@ -56,7 +56,7 @@ def counted(monkeypatch):
         return read(self, number)
 
     monkeypatch.setattr(Neuroverse3D, "encode_stems", counting_encode)
-    monkeypatch.setattr(ContextSet, "_read", counting_read)
+    monkeypatch.setattr(ContextPairs, "read", counting_read)
 
     def since_last():
         found = dict(counts)

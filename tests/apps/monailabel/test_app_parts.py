@@ -143,7 +143,7 @@ def test_what_is_kept_is_bounded(tmp_path, make_app, make_studies, counted):
     kept = app.predictors._kept.values()
     assert len(kept) == 2
     for predictor in kept:
-        stems = predictor.inferer._passes._stems
+        stems = predictor.predictor._passes._stems
         assert 0 < stems.used_bytes <= stems.budget_bytes == int(0.2 * 2**20)
     assert np.array_equal(propose(app, "case_00")[0], with_room)
 

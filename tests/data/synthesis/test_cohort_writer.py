@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from scripts.data.nnunet import find_datasets
+from scripts.data.synthesis import cohort_writer as written_cohorts
 from scripts.data.synthesis.cohort import LESION, synthesize_cohort
-from scripts.data.synthesis.cohort import cohort_writer as written_cohorts
 from scripts.data.synthesis.cohort_writer import INTENSITY_SCALE, write_cohorts
 from scripts.synthesize import synthesize
 

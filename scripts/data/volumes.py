@@ -342,7 +342,7 @@ def _as_torch_type(voxels: np.ndarray) -> np.ndarray:
         kind = np.int32 if voxels.dtype.itemsize == 2 else np.int64 if voxels.dtype.itemsize == 4 else np.float64
     else:
         kind = voxels.dtype.newbyteorder("=")
-    return np.array(voxels, dtype=kind, subok=False, copy=True if isinstance(voxels, np.memmap) else None)
+    return np.array(voxels, dtype=kind) if isinstance(voxels, np.memmap) else np.asarray(voxels, dtype=kind)
 
 
 def _check_size(path: str | os.PathLike, shape: tuple[int, ...], kind: np.dtype, packed: bool) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
 
 from scripts.runtime.output_folder import write_output
 
@@ -200,7 +201,10 @@ def save_png(figure: Image.Image, path: str | os.PathLike) -> None:
 
 
 def _array(x: Any) -> np.ndarray:
-    return x.detach().cpu().numpy() if hasattr(x, "detach") else np.asarray(x)
+    if not isinstance(x, Tensor):
+        return np.asarray(x)
+    x = x.detach().cpu()
+    return (x.float() if x.is_floating_point() else x).numpy()  # NumPy has no bfloat16
 
 
 def _checked(image: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -18,6 +18,7 @@ from scripts.reporting.pictures import (
     overlay_figure,
     save_png,
 )
+from scripts.runtime.output_folder import STATE
 
 CAPTION_PX = 18
 PLANES = ("axial", "coronal", "sagittal")
@@ -376,7 +377,7 @@ def test_save_png(tmp_path):
     for colour in ("red", "blue"):
         figure = Image.new("RGB", (8, 8), colour)
         save_png(figure, path)
-    assert [p.name for p in path.parent.iterdir()] == ["case.1.png"]
+    assert {p.name for p in path.parent.iterdir()} == {"case.1.png", STATE}
     with Image.open(path) as loaded:
         assert loaded.format == "PNG"
         assert ImageChops.difference(loaded.convert("RGB"), figure).getbbox() is None
@@ -384,7 +385,8 @@ def test_save_png(tmp_path):
 
 def test_save_png_keeps_the_old_file_when_writing_fails(tmp_path, monkeypatch):
     path = tmp_path / "case.png"
-    path.write_bytes(b"old")
+    save_png(Image.new("RGB", (4, 4)), path)
+    old = path.read_bytes()
 
     def fails(self, file, **options):
         with open(file, "wb") as handle:
@@ -394,5 +396,5 @@ def test_save_png_keeps_the_old_file_when_writing_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "save", fails)
     with pytest.raises(OSError, match="disk full"):
         save_png(Image.new("RGB", (8, 8)), path)
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["case.png"]
+    assert path.read_bytes() == old
+    assert {p.name for p in tmp_path.iterdir()} == {"case.png", STATE}

@@ -215,16 +215,16 @@ def _write_cases(cases: Sequence[Case], folder: Path, read: Path) -> None:
     for case in tqdm(cases, "writing", unit="case"):
         images = folder / ("imagesTs" if case["raw"].test else "imagesTr")
         images.mkdir(parents=True, exist_ok=True)
+        if "label" in case:  # before its images are moved from where they were read into
+            (folder / "labelsTr").mkdir(exist_ok=True)
+            path = folder / "labelsTr" / f"{case['case']}{_ENDING}"
+            _write_label(case["label"], path, case["image"] if case["reordered"] else None)
         for number, source in enumerate(case["images"]):
             path = images / f"{case['case']}_{number:04d}{_ENDING}"
             if source.parent == read:
                 source.rename(path)
             else:
                 _write_image(source, path)
-        if "label" in case:
-            (folder / "labelsTr").mkdir(exist_ok=True)
-            path = folder / "labelsTr" / f"{case['case']}{_ENDING}"
-            _write_label(case["label"], path, case["image"] if case["reordered"] else None)
 
 
 def _write_image(source: Path, path: Path) -> None:

@@ -53,13 +53,16 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_model(weights, make_dataset):
-    """``make_model(folder, contexts=3, **files) -> Path``: a model folder; files are JSON contents by name."""
+    """``make_model(folder, contexts=3, options={}, **files) -> Path``: a model folder; files are JSON contents by name.
 
-    def make(folder, contexts=3, **files):
+    Contexts are not aligned unless options say so.
+    """
+
+    def make(folder, contexts=3, options=None, **files):
         folder.mkdir(parents=True)
         shutil.copy(weights, folder / "model.pt")
         make_dataset(folder, "contexts", cases=contexts)
-        for name, content in files.items():
+        for name, content in {"options": {"align": "off"} | (options or {}), **files}.items():
             (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
         return folder
 
@@ -137,10 +140,12 @@ def run_app(tmp_path, capfd):
 
 @pytest.fixture
 def answer_of(tmp_path):
-    """``answer_of(nifti, model, **options) -> Nifti1Image``: what ``inference.json`` answers."""
+    """``answer_of(nifti, model, **options) -> Nifti1Image``: of ``inference.json`` with the model's options."""
 
     def answer(nifti, model, **options):
         output = tmp_path / "inference"
+        packaged = model / "options.json"
+        options = {"align": None} | (json.loads(packaged.read_text()) if packaged.is_file() else {}) | options
         run_workflow(
             "inference",
             dataset_dir=str(nifti),

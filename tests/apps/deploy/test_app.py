@@ -58,10 +58,11 @@ def test_a_hippocampus(tmp_path, shared_dir, weights, to_dicom, run_app, answer_
     nib.save(nib.Nifti1Image(np.asarray(scan.dataobj).round().astype(np.int16), scan.affine), whole)
     output = run_app(to_dicom(whole, tmp_path / "dicom"), tmp_path / "staged" / "models")
     packaged = tmp_path / "staged" / "models" / "neuroverse3d"
-    spacing = json.loads((packaged / "options.json").read_text())["spacing"]
-    answer = answer_of(whole, packaged, spacing=spacing)
+    answer = answer_of(whole, packaged)
     voxels = np.asarray(answer.dataobj)
     assert voxels.any() and np.array_equal(on_voxels_of(read_segmentation(output), answer), voxels)
+    record = json.loads((output / RECORD).read_text())
+    assert record["alignment"]["mode"] == "deformable" and record["alignment"]["contexts"]
     # and what inference.json answers from the folder that the contexts were chosen from
     shutil.copytree(few, tmp_path / "from_all" / "contexts")
     shutil.copy(weights, tmp_path / "from_all" / "model.pt")
@@ -98,7 +99,7 @@ def test_the_record_of_the_run(tmp_path, model, make_scan, to_dicom, run_app, re
     output = run_app(dicom, model)
     record = json.loads((output / RECORD).read_text())
     assert record["weights_sha256"] == file_sha256(model / "model.pt")
-    context = make_predictor(model / "model.pt", model / "contexts", {}).context
+    context = make_predictor(model / "model.pt", model / "contexts", {"align": "off"}).context
     assert record["context_set_sha256"] == context_set_sha256(context) and record["contexts"] == context.names
     versions = record["environment"]["packages"]
     assert {"torch", "monai", "monai-deploy-app-sdk", "holoscan-cu13", "pydicom", "highdicom"} <= versions.keys()
@@ -112,6 +113,7 @@ def test_the_record_of_the_run(tmp_path, model, make_scan, to_dicom, run_app, re
     for entry in record["segments"]:
         assert entry["voxels"] == (volume.array == entry["segment"]).sum() > 0
         assert entry["volume_mm3"] == pytest.approx(entry["voxels"] * 1.0) and len(entry["contexts"]) == 3
+    assert record["alignment"] is None and record["confidence"]["agreement"].keys() == {"1", "2"}
     text = json.dumps(record)
     assert "Doe" not in text and "P1" not in text
 
@@ -171,7 +173,13 @@ def test_nothing_found_is_an_empty_segmentation(tmp_path, make_model, make_scan,
 
 def test_the_staged_application_runs_from_anywhere(tmp_path, weights, model, make_scan, to_dicom, run_app):
     """As in a package: folders from environment variables, nothing but the staged files."""
-    stage(str(weights), str(model / "contexts"), str(tmp_path / "staged"), segments=str(model / "segments.json"))
+    stage(
+        str(weights),
+        str(model / "contexts"),
+        str(tmp_path / "staged"),
+        segments=str(model / "segments.json"),
+        align="off",
+    )
     dicom = to_dicom(make_scan(tmp_path / "scan.nii.gz", OBLIQUE), tmp_path / "dicom")
     variables = {"INPUT": dicom, "OUTPUT": tmp_path / "staged_out", "MODEL": tmp_path / "staged" / "models"}
     environment = {f"HOLOSCAN_{name}_PATH": str(path) for name, path in variables.items()}

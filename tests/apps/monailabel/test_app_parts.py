@@ -30,12 +30,12 @@ MODEL = "neuroverse3d"
 
 @pytest.fixture
 def make_app(tmp_path, weights, make_app_dir, monkeypatch):
-    """``make_app(studies, **conf)``: the app as a server would make it, but here."""
+    """``make_app(studies, **conf)``: the app as a server makes it, but here; contexts are not aligned unless asked."""
     monkeypatch.setattr("monailabel.config.settings.MONAI_LABEL_SESSION_PATH", str(tmp_path / "sessions"))
     monkeypatch.setattr("monailabel.config.settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD", False)
 
     def make(studies, **conf):
-        conf = {"weights": str(weights), "device": "cpu"} | conf
+        conf = {"weights": str(weights), "device": "cpu", "align": "off"} | conf
         return app_instance(str(make_app_dir(tmp_path)), str(studies.folder), conf)
 
     return make
@@ -143,7 +143,7 @@ def test_what_is_kept_is_bounded(tmp_path, make_app, make_studies, counted):
     kept = app.predictors._kept.values()
     assert len(kept) == 2
     for predictor in kept:
-        stems = predictor.inferer._passes._stems
+        stems = predictor.predictor._passes._stems
         assert 0 < stems.used_bytes <= stems.budget_bytes == int(0.2 * 2**20)
     assert np.array_equal(propose(app, "case_00")[0], with_room)
 

@@ -24,12 +24,13 @@ OBLIQUE = np.array([[0.8, -0.3, 0.1, 5], [0.4, 1.1, 0, -3], [-0.1, 0.2, 2.5, 7],
 
 @pytest.fixture
 def serve(tmp_path, weights, make_app_dir):
-    """``serve(studies, **conf)``: a server, stopped at the end."""
+    """``serve(studies, align="off", **conf)``: a server, stopped at the end; ``align=None`` leaves it to the app."""
     servers = []
 
-    def start(studies, **conf):
+    def start(studies, align="off", **conf):
         app = make_app_dir(tmp_path)
-        servers.append(Server(app, studies.folder, tmp_path, **{"weights": weights, "device": "cpu"} | conf))
+        conf = {"weights": weights, "device": "cpu"} | ({} if align is None else {"align": align}) | conf
+        servers.append(Server(app, studies.folder, tmp_path, **conf))
         return servers[-1].wait()
 
     yield start
@@ -46,7 +47,7 @@ def contexts(response):
     return response.json()["contexts"]
 
 
-def by_inference_json(folder, weights, image, pairs, labels):
+def by_inference_json(folder, weights, image, pairs, labels, **options):
     """What the documented workflow answers for the same scan and contexts."""
     run_workflow(
         "inference",
@@ -58,6 +59,7 @@ def by_inference_json(folder, weights, image, pairs, labels):
         mini_context_size=1,
         device="cpu",
         overlays=False,
+        **options,
     )
     (path,) = (folder / "plain").glob("*.nii.gz")
     return nib.load(path)
@@ -280,11 +282,11 @@ def test_real_scans_get_the_answer_of_inference_json(tmp_path, serve, make_studi
     for case in cases:
         shutil.copy(source / "imagesTr" / f"{case}_0000.nii.gz", studies.image(case))
         shutil.copy(source / "labelsTr" / f"{case}.nii.gz", studies.label(case))
-    server = serve(studies)
+    server = serve(studies, align=None)
     for case in cases[1:]:
         assert server.save(case, studies.label(case)).status_code == 200
     answer = server.answer(cases[0], tmp_path)
     pairs, labels = ([path(case) for case in cases[1:]] for path in (studies.image, studies.label))
-    plain = by_inference_json(tmp_path, weights, studies.image(cases[0]), pairs, labels)
+    plain = by_inference_json(tmp_path, weights, studies.image(cases[0]), pairs, labels, align=None)
     assert voxels(plain).any() and np.array_equal(voxels(answer), voxels(plain))
     assert np.array_equal(answer.affine, plain.affine)

@@ -40,7 +40,7 @@ def door(tmp_path, weights, make_app_dir, make_studies, monkeypatch):
     studies = make_studies(tmp_path, cases=4)
     monkeypatch.setattr(settings, "MONAI_LABEL_APP_DIR", str(make_app_dir(tmp_path)))
     monkeypatch.setattr(settings, "MONAI_LABEL_STUDIES", str(studies.folder))
-    monkeypatch.setattr(settings, "MONAI_LABEL_APP_CONF", {"weights": str(weights), "device": "cpu"})
+    monkeypatch.setattr(settings, "MONAI_LABEL_APP_CONF", {"weights": str(weights), "device": "cpu", "align": "off"})
     monkeypatch.setattr(settings, "MONAI_LABEL_SESSION_PATH", str(tmp_path / "sessions"))
     monkeypatch.setattr(settings, "MONAI_LABEL_DATASTORE_AUTO_RELOAD", False)
     (tmp_path / "secret.nii.gz").write_bytes(studies.image("case_03").read_bytes())

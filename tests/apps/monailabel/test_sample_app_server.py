@@ -42,6 +42,7 @@ def test_the_sample_app_runs_the_bundle_with_a_context_dir(tmp_path, make_datase
                 checkpoint=str(weights),
                 output_dir=str(tmp_path / "plain" / case),
                 device="cpu",
+                align=None,
                 overlays=False,
             )
             plain = nib.load(tmp_path / "plain" / case / f"{case}.nii.gz")

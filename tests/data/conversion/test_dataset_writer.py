@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from scripts.data.conversion.dataset_writer import dataset_writer as conversion
+from scripts.data.conversion import dataset_writer as conversion
 from scripts.data.conversion.dataset_writer import write_dataset
 from scripts.data.conversion.pairing import ImageFile, RawCase, RawDataset, pair_files
 from scripts.data.integrity import inspect_cases, sound_cases

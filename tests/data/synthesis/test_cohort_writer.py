@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from scripts.data.nnunet import find_datasets
+from scripts.data.synthesis import cohort_writer as written_cohorts
 from scripts.data.synthesis.cohort import LESION, synthesize_cohort
-from scripts.data.synthesis.cohort import cohort_writer as written_cohorts
 from scripts.data.synthesis.cohort_writer import INTENSITY_SCALE, write_cohorts
+from scripts.runtime.output_folder import STATE
 from scripts.synthesize import synthesize
 
 
 def tree(folder):
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if STATE not in p.parts)
 
 
 def small(folder, **kwargs):

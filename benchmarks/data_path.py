@@ -72,7 +72,7 @@ class ReadCases(PreparedCases):
     def load(self, case: Case) -> tuple[Tensor, Tensor | None]:
         """Read the case's files and preprocess them."""
         found = LoadCase(Preprocessing(self.spatial_size, self.spacing_mm[case["dataset"]]))(case)
-        return found["image"], found.get("answer")
+        return found["image"], found.get("label")
 
 
 def second_epoch(

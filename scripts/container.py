@@ -59,12 +59,12 @@ VERBS: dict[str, Verb] = {
         dataset_dir=DATA, output_dir=OUT, instead={"dataset_dir": ("collection_file",)},
     ),
     "inference": _workflow(
-        "inference", "answers for the scans in /data from the examples in /context, into /out",
+        "inference", "predictions for the scans in /data from the examples in /context, into /out",
         dataset_dir=DATA, context_dir=CONTEXT, output_dir=OUT,
         instead={"context_dir": ("context_images", "context_file")},
     ),
     "evaluate": _workflow(
-        "evaluate", "scores of the answers in /out against /data/labelsTr, into /out/scores",
+        "evaluate", "scores of the predictions in /out against /data/labelsTr, into /out/scores",
         prediction_dir=OUT, reference_dir=f"{DATA}/labelsTr", output_dir=f"{OUT}/scores",
     ),
     "prepare_data": Verb(

@@ -56,16 +56,16 @@ def demo(output_dir: str = "demo_output", subjects: int = 12, overwrite: bool = 
     quoted, data = shlex.quote(str(folder)), shlex.quote(str(folder / "data"))
     _run("scripts.synthesize", f"{_COHORT} --subjects {subjects} --output_dir {data}")
     dataset = f"{data}/Dataset900_Synthetic000"
-    run_bundle("inference", f"--dataset_dir {dataset} --context_dir {dataset} {GRID} --output_dir {quoted}/answers")
+    run_bundle("inference", f"--dataset_dir {dataset} --context_dir {dataset} {GRID} --output_dir {quoted}/predictions")
     run_bundle(
         "evaluate",
-        f"--prediction_dir {quoted}/answers --reference_dir {dataset}/labelsTr --output_dir {quoted}/scores",
+        f"--prediction_dir {quoted}/predictions --reference_dir {dataset}/labelsTr --output_dir {quoted}/scores",
     )
     summary = json.loads((folder / "scores" / "summary.json").read_text(encoding="utf-8"))
     print(
         f"\nmean Dice {summary['mean']['dice']['mean']:.2f} on {summary['num_cases']} subjects the network never saw; "
-        f"{time.monotonic() - started:.0f} seconds in all.\nLook at {folder}/answers/report.html and "
-        f"{folder}/answers/*.png; the numbers are in {folder}/scores/metrics.csv."
+        f"{time.monotonic() - started:.0f} seconds in all.\nLook at {folder}/predictions/report.html and "
+        f"{folder}/predictions/*.png; the numbers are in {folder}/scores/metrics.csv."
     )
 
 

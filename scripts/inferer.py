@@ -51,7 +51,7 @@ class ICLInferer(Inferer):
     """Predicts from example pairs.
 
     With ``align`` every context is brought to the target first (:class:`AlignedContexts`): where the labels then lie
-    are the regions in which network and contexts answer, at voxels fine enough for them. Without it the whole target
+    are the regions in which network and contexts are asked, at voxels fine enough for them. Without it the whole target
     is shown on the context set's grid beside the contexts as they are (:class:`WholeView`). A context whose image is
     the target itself is left out.
 

@@ -126,7 +126,7 @@ def draw_group(dataset: EpisodeDataset, number: int) -> Image.Image:
         image = GlobalIntensityNonlinear()(image, augmented["gin"])
     changed = gin or not all(torch.equal(drawn[name], augmented[name]) for name in ("image", "label"))
     if changed:
-        # GIN answers with values of any range
+        # GIN returns values of any range
         name, window = ("augmented, with GIN (each image in its own window)", None) if gin else ("augmented", (0, 1))
         views.append(GroupView(name, image[:, 0], augmented["label"][:, 0], window))
     what = f"{group.task} of {group.classes}" if group.classes else group.task

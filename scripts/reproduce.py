@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import nibabel as nib
@@ -24,7 +26,7 @@ import torch
 from scripts.checkpoint import load_state
 from scripts.data.files import read_json
 from scripts.runtime.atomic_files import write_json
-from scripts.runtime.manifest import MANIFEST, ROOT, environment, file_sha256, revision
+from scripts.runtime.manifest import MANIFEST, ROOT, bundle_identity, environment, file_sha256, revision
 
 GPU_WEIGHT_TOLERANCE = 1e-3
 """On a GPU: largest distance of the weights, relative to their norm, that counts as the same."""
@@ -34,6 +36,8 @@ GPU_VOXEL_TOLERANCE = 1e-3
 _OWN = {"output_dir", "resume", "overwrite", "help", "debug"}
 _NEED_NOT_AGREE = {"epochs", *_OWN}
 """Options that a resumed run may have changed and still be repeated in one go."""
+
+_IMPORT = re.compile(r"\bfrom (scripts[\w.]*) import (\w+)")
 
 
 def reproduce(run_dir: str, output_dir: str) -> None:
@@ -49,12 +53,13 @@ def reproduce(run_dir: str, output_dir: str) -> None:
     Raises:
         FileNotFoundError: no manifest, or what the run was made from is gone.
         FileExistsError: ``output_dir`` holds something.
-        ValueError: the manifest cannot be repeated, the repetition failed, or its results differ.
+        ValueError: the manifest cannot be repeated (by this version), the repetition failed, or its results differ.
     """
     run, new = Path(run_dir), Path(output_dir)
     manifest = _read(run)
     if new.exists() and any(new.iterdir()):
         raise FileExistsError(f"{new} holds something: give another --output_dir")
+    _refuse_moved(manifest, run)
     options = _options(manifest, run)
     for line in differences(manifest):
         print(f"not as it was: {line}")
@@ -129,6 +134,33 @@ def _read(run: Path) -> dict[str, Any]:
             f"no {path}: give the folder of a run that wrote one (training: OUT/stage1, OUT/stage2)"
         )
     return read_json(path, dict, "expected the manifest of a run")
+
+
+def _refuse_moved(manifest: Mapping[str, Any], run: Path) -> None:
+    """Say which version a run needs whose configuration names what is no longer there.
+
+    Raises:
+        ValueError: a target or an import of the configuration does not exist here.
+    """
+    gone = [name for name in _names_of_ours(manifest["config"]) if locate(name) is None]
+    if gone:
+        made, now = manifest["bundle"], bundle_identity()
+        raise ValueError(
+            f"{run} was made by version {made['version']} (revision {made['revision']}) and names {gone[0]}, which is "
+            f"not in version {now['version']} (revision {now['revision']}): repeat it with that revision"
+        )
+
+
+def _names_of_ours(config: Any, key: str = "") -> list[str]:
+    """What a configuration takes from ``scripts``: its targets, and what its expressions import; sorted."""
+    if isinstance(config, Mapping):
+        return sorted({name for part, value in config.items() for name in _names_of_ours(value, part)})
+    if isinstance(config, list):
+        return sorted({name for value in config for name in _names_of_ours(value)})
+    text = config if isinstance(config, str) else ""
+    if key == "_target_":
+        return [text] if text.startswith("scripts.") else []
+    return [f"{module}.{name}" for module, name in _IMPORT.findall(text)] if text.startswith("$") else []
 
 
 def _options(manifest: Mapping[str, Any], run: Path) -> dict[str, Any]:

@@ -22,8 +22,10 @@ def test_demo_goes_all_the_way(tmp_path):
     blind = [2 * (a & b).sum() / (a.sum() + b.sum()) for a, b in itertools.combinations(masks, 2)]
     assert float(re.search(r"mean Dice (\S+) on 4 subjects", result.stdout)[1]) > max(blind)
     assert result.stdout.count("$ python -m") == 3 and "train" not in result.stdout
-    assert len(list((folder / "answers").glob("*.png"))) == len(list((folder / "answers").glob("*.nii.gz"))) == 4
-    assert (folder / "answers" / "report.html").is_file()
+    assert (
+        len(list((folder / "predictions").glob("*.png"))) == len(list((folder / "predictions").glob("*.nii.gz"))) == 4
+    )
+    assert (folder / "predictions" / "report.html").is_file()
     again = demo("--output_dir", folder)
     assert again.returncode == 1 and "holds an earlier demo" in again.stderr
 

@@ -109,6 +109,14 @@ def test_runs_that_cannot_be_repeated(runs, tmp_path):
     refuse(FileNotFoundError, "gone.pt")
     change(environment=manifest_of(runs / "answers")["environment"] | {"processes": 2})
     refuse(ValueError, "torchrun")
+    config = manifest_of(runs / "answers")["config"]
+    bundle = {"name": "Neuroverse3D", "version": "0.2.0", "revision": "abc"}
+    moved = {"run": {"_target_": "scripts.inference_run.InferenceRun"}}
+    change(bundle=bundle, config=config | moved)
+    refuse(ValueError, r"version 0\.2\.0 \(revision abc\) and names scripts\.inference_run\.InferenceRun, .*revision$")
+    change(bundle=bundle, config=config | {"imports": ["$from scripts.inferer import SavedAnswers"]})
+    refuse(ValueError, r"names scripts\.inferer\.SavedAnswers, which is not in version ")
+    change()
     content = manifest_of(runs / "out" / "stage1")
     content["earlier"][0]["options"]["learning_rate"] = 1.0
     shutil.copytree(runs / "out" / "stage1", tmp_path / "stage1")

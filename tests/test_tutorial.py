@@ -54,16 +54,16 @@ def test_every_file_that_is_named_is_there(place):
 
 
 def test_every_new_scan_has_a_mask_a_picture_and_a_volume(place):
-    answers = place / "tutorial" / "answers"
-    rows = list(csv.DictReader((answers / "volumes.csv").open()))
-    assert [row["case"] for row in rows] == NEW == sorted(p.name[:-7] for p in answers.glob("*.nii.gz"))
+    predictions = place / "tutorial" / "predictions"
+    rows = list(csv.DictReader((predictions / "volumes.csv").open()))
+    assert [row["case"] for row in rows] == NEW == sorted(p.name[:-7] for p in predictions.glob("*.nii.gz"))
     for row in rows:
         scan = nib.load(place / "tutorial" / "new" / "imagesTs" / f"{row['case']}_0000.nii.gz")
-        answer = nib.load(answers / f"{row['case']}.nii.gz")
+        answer = nib.load(predictions / f"{row['case']}.nii.gz")
         assert answer.shape == scan.shape and np.array_equal(answer.affine, scan.affine)
-        volume_mm3 = 8 * int(mask_of(answers / f"{row['case']}.nii.gz").sum())
+        volume_mm3 = 8 * int(mask_of(predictions / f"{row['case']}.nii.gz").sum())
         assert volume_mm3 == pytest.approx(float(row["volume_mm3"])) and volume_mm3 > 0
-        assert (answers / f"{row['case']}.png").stat().st_size > 1000
+        assert (predictions / f"{row['case']}.png").stat().st_size > 1000
 
 
 def test_the_masks_are_better_than_the_examples_labels_alone(place):
@@ -78,7 +78,7 @@ def test_the_masks_are_better_than_the_examples_labels_alone(place):
 
 def test_the_expected_dice_is_about_the_real_one(place):
     folder = place / "tutorial"
-    report = json.loads((folder / "answers" / "report.json").read_text())
+    report = json.loads((folder / "predictions" / "report.json").read_text())
     assert len(report["self_test"]["contexts"]) == 5 and not report["failed"]
     expected = [report["cases"][name]["expected_dice"]["1"] for name in NEW]
     real = [float(row["dice"]) for row in csv.DictReader((folder / "scores" / "metrics.csv").open())]
@@ -89,5 +89,5 @@ def test_python_answers_the_same_in_every_way(place):
     folder = place / "tutorial"
     mask = mask_of(folder / "python" / "mask.nii.gz")
     assert (
-        dice(mask, mask_of(folder / "answers" / f"{NEW[0]}.nii.gz")) > 0.8
+        dice(mask, mask_of(folder / "predictions" / f"{NEW[0]}.nii.gz")) > 0.8
     )  # that one is of an ensemble, on another grid

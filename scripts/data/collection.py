@@ -104,7 +104,7 @@ class Collection:
             found = [
                 case | {"source": source.key}
                 for source in sources.values()
-                for case in source.dataset.cases(source.channel, source.answer)
+                for case in source.dataset.cases(source.channel, source.partner)
             ]
             if not found:  # synthetic cohorts only
                 self._parts = {part: [] for part in PARTS}
@@ -140,7 +140,7 @@ class Collection:
         every = {source.key: source for _, sources in wanted for source in sources}
         used: dict[str, Source] = {}
         for row, sources in wanted:
-            labelled = [replace(source, answer="label") for source in sources]
+            labelled = [replace(source, partner="label") for source in sources]
             if find_task(row.task).reads == "image":
                 sources = [b if b.key in every else a for a, b in zip(sources, labelled, strict=True)]
             used |= {source.key: source for source in sources}

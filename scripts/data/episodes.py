@@ -300,8 +300,8 @@ class EpisodeDataset(Dataset):
         if "cohort" not in case:
             return self.prepared.load(case)
         cohort, subject = self.cohorts.cohort(*case["cohort"]), case["subject"]
-        answers = {"label": cohort.labels[subject], "output": cohort.images[subject, -1:], "image": None}
-        return cohort.images[subject, :1], answers[find_task(row.task).reads]
+        partners = {"label": cohort.labels[subject], "output": cohort.images[subject, -1:], "image": None}
+        return cohort.images[subject, :1], partners[find_task(row.task).reads]
 
     def _draw_classes(self, row: Row, source: str, rng: np.random.Generator) -> tuple[str, frozenset[int]]:
         classes = self._classes[row, source]

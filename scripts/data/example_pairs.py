@@ -64,7 +64,7 @@ def context_cases(
 
 def folder_cases(
     images: str | Path,
-    answers: str | Path,
+    labels: str | Path,
     channel: int = 0,
     label_channel: int | None = None,
     record: str | Path | None = None,
@@ -72,35 +72,35 @@ def folder_cases(
 ) -> list[Case]:
     """Pairs of two parallel folders, matched by file name, inspected.
 
-    An image goes with the answer of the same name, whatever their endings; or, as in nnU-Net, the image
-    ``CASE_000k`` with the answer ``CASE``, where k is the channel.
+    An image goes with the label of the same name, whatever their endings; or, as in nnU-Net, the image
+    ``CASE_000k`` with the label ``CASE``, where k is the channel.
 
     Args:
         images: folder of the images.
-        answers: folder of the label maps (for generation: of the wanted outputs).
+        labels: folder of the label maps (for generation: of the wanted outputs).
         channel: of images with a channel suffix.
-        label_channel: generation: the answers are images, and this is their channel if they have a suffix.
+        label_channel: generation: the labels are images, and this is their channel if they have a suffix.
         record: where to remember what was found in the files.
         skip_bad_cases: leave faulty pairs out instead of raising.
 
     Raises:
         DatasetError: no pairs, or faulty ones: those without a partner are named as the others are.
     """
-    answer_files = _by_case(answers, label_channel)
-    image_files = _by_case(images, channel, plain=answer_files)
-    if not image_files.keys() & answer_files.keys():
+    label_files = _by_case(labels, label_channel)
+    image_files = _by_case(images, channel, plain=label_files)
+    if not image_files.keys() & label_files.keys():
         raise DatasetError(
-            f"no file in {images} has a partner in {answers}: images (CASE or CASE_{channel:04d}) and their labels "
+            f"no file in {images} has a partner in {labels}: images (CASE or CASE_{channel:04d}) and their labels "
             "(CASE) are paired by name"
         )
     kind = "label" if label_channel is None else "output"
     cases = []
-    for name in sorted(image_files.keys() | answer_files):
-        image, answer = image_files.get(name, []), answer_files.get(name, [])
-        found = ((images, image), (answers, answer))
+    for name in sorted(image_files.keys() | label_files):
+        image, label = image_files.get(name, []), label_files.get(name, [])
+        found = ((images, image), (labels, label))
         problems = [f"nothing of this name in {folder}" for folder, files in found if not files]
-        problems += folder_problems(image, answer)
-        paths = {"image": str(image[0]) if image else None, kind: str(answer[0]) if answer else None}
+        problems += folder_problems(image, label)
+        paths = {"image": str(image[0]) if image else None, kind: str(label[0]) if label else None}
         cases.append({**paths, "case": name, "folder_problems": problems})
     return sound_cases(inspect_cases(cases, record), skip_bad_cases)
 
@@ -135,7 +135,7 @@ def listed_cases(
     Args:
         images: paths of the images.
         labels: path of each one's label map (for generation: of its wanted output); None is a fault of the pair.
-        generation: the answers are images.
+        generation: the labels are images.
         record: where to remember what was found in the files.
         skip_bad_cases: leave faulty pairs out instead of raising.
 
@@ -149,7 +149,7 @@ def listed_cases(
             f"{len(labels)}"
         )
     kind = "output" if generation else "label"
-    cases = [{"image": i, kind: answer, "case": i} for i, answer in zip(images, labels, strict=True)]
+    cases = [{"image": i, kind: label, "case": i} for i, label in zip(images, labels, strict=True)]
     return sound_cases(inspect_cases(cases, record), skip_bad_cases)
 
 

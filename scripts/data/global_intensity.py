@@ -16,9 +16,9 @@ class GlobalIntensityNonlinear:
 
     After Ouyang et al., Causality-inspired Single-source Domain Generalization for Medical Image Segmentation (IEEE
     TMI 2022, arXiv 2111.12525). Weights and biases are standard normal, kernels 1³ or 3³ (drawn per layer), with a
-    leaky ReLU between layers. The answer is ``alpha * network(x) + (1 - alpha) * x``, brought to the Frobenius
+    leaky ReLU between layers. The result is ``alpha * network(x) + (1 - alpha) * x``, brought to the Frobenius
     norm of x: alpha weighs the network's output, as in their code. They draw it from [0, 1], the recipe of Neuroverse3D
-    (Hu et al., ICCV 2025) from [0.7, 1], so that most of the answer is the new contrast.
+    (Hu et al., ICCV 2025) from [0.7, 1], so that most of the result is the new contrast.
 
     Nothing is learnt and nothing kept between calls: a seed is a network.
 
@@ -27,7 +27,7 @@ class GlobalIntensityNonlinear:
         channels: between them.
         kernel_sizes: drawn from for each layer; odd.
         alpha: range of the network's share.
-        unit_range: scale each answer to [0, 1] at the end, the range of all images that the network gets in use.
+        unit_range: scale each result to [0, 1] at the end, the range of all images that the network gets in use.
 
     Raises:
         ValueError: an argument is out of range.

@@ -76,7 +76,7 @@ def inspect_cases(cases: Sequence[Case], record: str | Path | None = None, worke
     _mark_duplicates(inspected)
     if turned := [_name(inspected[i]) for i in new if inspected[i]["reordered"]]:  # said once, when it is found
         logger.warning(
-            "%d of %d cases have answers stored along other axes than their images (%s): reordered, without loss",
+            "%d of %d cases have labels stored along other axes than their images (%s): reordered, without loss",
             len(turned), len(new), ", ".join(turned[:3]) + ", ..." * (len(turned) > 3),
         )  # fmt: skip
     return inspected
@@ -124,15 +124,15 @@ def _inspect(case: Case) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys(_FACTS) | {"values": {}, "problems": [], "reordered": False}
     problems = found["problems"]
     image = _read(case["image"], "image", problems)
-    answer_kind = _answer_kind(case)
-    answer = _read(case[answer_kind], answer_kind, problems) if answer_kind else None
-    return found if image is None else found | examine(image, answer, answer_kind, problems, ignored_values(case))
+    label_kind = _label_kind(case)
+    label = _read(case[label_kind], label_kind, problems) if label_kind else None
+    return found if image is None else found | examine(image, label, label_kind, problems, ignored_values(case))
 
 
 def examine(
     image: MetaTensor,
-    answer: MetaTensor | None,
-    answer_kind: str | None,
+    label: MetaTensor | None,
+    label_kind: str | None,
     problems: Sequence[str] = (),
     ignored: Sequence[int] = (),
 ) -> dict[str, Any]:
@@ -140,8 +140,8 @@ def examine(
 
     Args:
         image: ``(1, H, W, D)``.
-        answer: what goes with it, or None; of a label map the file's own numbers (:func:`load_exact`).
-        answer_kind: ``label`` (label numbers) or ``output`` (an image); None without an answer.
+        label: what goes with it, or None; of a label map the file's own numbers (:func:`load_exact`).
+        label_kind: ``label`` (label numbers) or ``output`` (an image); None without a label.
         problems: what was found to be wrong already.
         ignored: label values that count nowhere.
 
@@ -153,26 +153,26 @@ def examine(
     voxels, affine = image[0].numpy(), np.asarray(image.affine, dtype=float)
     problems.extend(_image_faults(voxels, "image"))
     foreground = voxels > voxels.min()
-    if answer is not None:
-        turned = on_axes_of(answer, image)
-        found["reordered"], answer = turned is not answer, turned
-        if difference := grid_difference(answer, image):
-            problems.append(f"image and {answer_kind} differ {difference}")
-        if answer_kind == "label":
+    if label is not None:
+        turned = on_axes_of(label, image)
+        found["reordered"], label = turned is not label, turned
+        if difference := grid_difference(label, image):
+            problems.append(f"image and {label_kind} differ {difference}")
+        if label_kind == "label":
             try:
-                answer = MetaTensor(label_numbers(answer.as_tensor()), affine=answer.affine)
-                found["values"] = count_labels(answer.as_tensor())
+                label = MetaTensor(label_numbers(label.as_tensor()), affine=label.affine)
+                found["values"] = count_labels(label.as_tensor())
             except ValueError as error:
                 problems.append(f"label {error}")
         else:
-            problems.extend(_image_faults(answer[0].numpy(), answer_kind))
+            problems.extend(_image_faults(label[0].numpy(), label_kind))
     if problems:
         return found
-    if answer is not None:
-        plain = answer[0].as_tensor()
-        foreground |= (without(plain, ignored) > 0 if answer_kind == "label" else plain > plain.min()).numpy()
+    if label is not None:
+        plain = label[0].as_tensor()
+        foreground |= (without(plain, ignored) > 0 if label_kind == "label" else plain > plain.min()).numpy()
     found["image_digest"] = volume_digest(image)
-    found["digest"] = pair_digest(image, answer, found["image_digest"])
+    found["digest"] = pair_digest(image, label, found["image_digest"])
     return found | box_and_voxel(foreground, affine)
 
 
@@ -208,7 +208,7 @@ def _box_extent_mm(foreground: np.ndarray, affine: np.ndarray) -> list[float]:
     return extent
 
 
-def _answer_kind(case: Case) -> str | None:
+def _label_kind(case: Case) -> str | None:
     return next((kind for kind in ("label", "output") if kind in case), None)
 
 
@@ -243,7 +243,7 @@ def _mark_duplicates(cases: Sequence[Case]) -> None:
 
 def _key(case: Case) -> str:
     """Changes when a file of the case does; starts with ``_MISSING`` when one cannot be looked at."""
-    kind = _answer_kind(case)
+    kind = _label_kind(case)
     parts = [str(_VERSION), kind or "image"]
     for path in (case["image"], case[kind] if kind else None):
         try:

@@ -79,14 +79,14 @@ class NnunetDataset:
         """Image channels that any training case has."""
         return tuple(sorted(self._images()))
 
-    def cases(self, channel: int = 0, answer: str | int = "label") -> list[Case]:
+    def cases(self, channel: int = 0, partner: str | int = "label") -> list[Case]:
         """Every training case with this image channel, sorted by name; what is missing is None.
 
         ``folder_problems`` says what is wrong with a case already by the look of the folder.
 
         Args:
             channel: of the images.
-            answer: what goes with an image: ``"label"`` (its label map), ``"image"`` (nothing), or the channel of
+            partner: what goes with an image: ``"label"`` (its label map), ``"image"`` (nothing), or the channel of
                 another image, which the case then has as ``output``.
 
         Raises:
@@ -97,7 +97,7 @@ class NnunetDataset:
         if unnumbered:
             logger.warning("%s: %d files without a channel (CASE_0000) are left out: %s", self.root / "imagesTr",
                            len(unnumbered), ", ".join(unnumbered[:_SHOWN]))  # fmt: skip
-        for wanted in (channel, *([answer] if isinstance(answer, int) else [])):
+        for wanted in (channel, *([partner] if isinstance(partner, int) else [])):
             if wanted not in by_channel:
                 raise DatasetError(
                     f"{self.root / 'imagesTr'} has no files of channel {wanted:04d} "
@@ -105,23 +105,23 @@ class NnunetDataset:
                 )
         images = by_channel[channel]
         facts: dict[str, Any] = {"dataset": self.name, "channel": channel}
-        answers: dict[str, list[Path]] = {}
-        if isinstance(answer, int):
-            answers, kind = by_channel[answer], "output"
-        elif answer == "label":
-            answers, kind = files_by_name(self.root / "labelsTr"), "label"
+        partners: dict[str, list[Path]] = {}
+        if isinstance(partner, int):
+            partners, kind = by_channel[partner], "output"
+        elif partner == "label":
+            partners, kind = files_by_name(self.root / "labelsTr"), "label"
             facts["classes"] = {k: list(v) for k, v in self.classes.items()}
             facts["known_values"] = sorted(self.known_values) if self.known_values is not None else None
             if not channel:  # a label without image; of another channel there may well be fewer images
-                images = {name: [] for name in answers} | images
+                images = {name: [] for name in partners} | images
         else:
             kind = None
         return [
             {"image": str(images[name][0]) if images[name] else None}
-            | ({kind: str(answers[name][0]) if name in answers else None} if kind else {})
+            | ({kind: str(partners[name][0]) if name in partners else None} if kind else {})
             | {
                 "case": name,
-                "folder_problems": folder_problems(images[name], answers.get(name, [])),
+                "folder_problems": folder_problems(images[name], partners.get(name, [])),
             }
             | facts
             for name in sorted(images)
@@ -290,10 +290,10 @@ def files_by_name(folder: Path) -> dict[str, list[Path]]:
     return dict(found)
 
 
-def folder_problems(images: Sequence[Path], answers: Sequence[Path]) -> list[str]:
+def folder_problems(images: Sequence[Path], partners: Sequence[Path]) -> list[str]:
     """What is wrong with a case by the look of its files; one text each."""
-    problems = ["more than one file for the case"] if max(len(images), len(answers)) > 1 else []
-    return list(dict.fromkeys([*problems, *(fault for path in (*images, *answers) for fault in file_faults(path))]))
+    problems = ["more than one file for the case"] if max(len(images), len(partners)) > 1 else []
+    return list(dict.fromkeys([*problems, *(fault for path in (*images, *partners) for fault in file_faults(path))]))
 
 
 def split_channel(name: str) -> tuple[str, int] | None:

@@ -122,7 +122,7 @@ class PreparedCases:
                     raise DatasetError(f"{case['dataset']}/{case['case']}: {_cause(error)}") from error
             else:
                 if _is_whole(found):
-                    return found["image"], found.get("answer")
+                    return found["image"], found.get("label")
             entry.unlink(missing_ok=True)  # cut short, damaged, or another process is still at it
         raise DatasetError(f"{case['dataset']}/{case['case']}: {entry} is damaged as soon as written: check the disk")
 
@@ -141,7 +141,7 @@ class _SealedCase(Transform):
 def _seal(found: Mapping[str, Tensor]) -> str:
     """A checksum is enough: it is to find damage, not forgery, and is taken with every draw."""
     checksum = 0
-    for key in ("image", "answer"):
+    for key in ("image", "label"):
         if key in found:
             checksum = zlib.crc32(found[key].contiguous().numpy(), checksum)
     return f"{checksum:08x}-{[(key, list(x.shape), str(x.dtype)) for key, x in sorted(found.items()) if key != 'seal']}"

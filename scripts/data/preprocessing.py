@@ -80,7 +80,7 @@ class ForegroundMask(MapTransform):
 
 
 class Preprocessing:
-    """Brings cases to one isotropic spacing, and answers back to a case's own space.
+    """Brings cases to one isotropic spacing, and predictions back to a case's own space.
 
     How much of a structure's border survives the way to the grid and back hangs on what is carried. Continuous
     scores keep it to a fraction of a voxel: the part of each grid voxel that a label covers, taken by
@@ -110,7 +110,7 @@ class Preprocessing:
     def target(self, image: MetaTensor, box: Box | None = None) -> MetaTensor:
         """Orient, crop, resample and scale one image, and pad it where it is smaller than the grid.
 
-        It is not cropped where it is larger. Padding is part of the result, for the network's answer in it counts: a
+        It is not cropped where it is larger. Padding is part of the result, for the network predicts in it, too: a
         task's input may be blank where its output is not.
 
         Args:
@@ -382,7 +382,7 @@ class LoadCase(Transform):
         """Read and preprocess one case.
 
         Returns:
-            ``image``, and ``answer`` where the case has a ``label`` (label numbers) or an ``output`` (in [0, 1]);
+            ``image``, and ``label`` where the case has a ``label`` (label numbers) or an ``output`` (in [0, 1]);
             each ``(1, *spatial_size)``.
 
         Raises:
@@ -391,13 +391,13 @@ class LoadCase(Transform):
         digest = case.get("digest")
         if "label" in case:
             image, label = load_pair(case["image"], case["label"], labels=True, digest=digest)
-            image, answer = self.preprocessing.pair(image, label, ignored=case.get("ignored", ()))
+            image, label = self.preprocessing.pair(image, label, ignored=case.get("ignored", ()))
         elif "output" in case:
             pair = load_pair(case["image"], case["output"], labels=False, digest=digest)
-            image, answer = self.preprocessing.image_pair(*pair)
+            image, label = self.preprocessing.image_pair(*pair)
         else:
             return {"image": self.preprocessing.image(load_known(case["image"], digest))}
-        return {"image": image, "answer": answer}
+        return {"image": image, "label": label}
 
 
 def fit_spacing(cases: Sequence[Case], spatial_size: Sequence[int]) -> float:

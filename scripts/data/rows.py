@@ -21,7 +21,7 @@ SYNTHETIC = "synthetic"
 """Dataset name of a row whose every group is a new synthetic cohort."""
 
 LABELS = "labels"
-"""``output`` of a row whose answer is made from the label map."""
+"""``output`` of a row that is made from the label map."""
 
 
 @dataclass(frozen=True)
@@ -91,17 +91,17 @@ class Source:
     Attributes:
         dataset: the nnU-Net dataset.
         channel: image channel.
-        answer: ``"label"`` (label maps), ``"image"`` (the image alone) or the output's channel.
+        partner: ``"label"`` (label maps), ``"image"`` (the image alone) or the output's channel.
     """
 
     dataset: NnunetDataset
     channel: int
-    answer: str | int
+    partner: str | int
 
     @property
     def key(self) -> str:
         """Name that is unique in a collection."""
-        return f"{self.dataset.name}/{self.channel:04d}/{self.answer}"
+        return f"{self.dataset.name}/{self.channel:04d}/{self.partner}"
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def sources_of(row: Row, datasets: Sequence[NnunetDataset]) -> list[Source]:
         DatasetError: a channel is not there.
     """
     reads = find_task(row.task).reads
-    answer = row.output if reads == "output" else reads
+    partner = row.output if reads == "output" else reads
     found = []
     for dataset in datasets:
         there = dataset.channels()
@@ -178,7 +178,7 @@ def sources_of(row: Row, datasets: Sequence[NnunetDataset]) -> list[Source]:
         missing = sorted({*channels, *([row.output] if reads == "output" else [])} - set(there))
         if missing or not channels:
             raise DatasetError(f"{dataset.name} has no channel {missing} for {row.task}; channels there: {list(there)}")
-        found += [Source(dataset, channel, answer) for channel in channels]
+        found += [Source(dataset, channel, partner) for channel in channels]
     return found
 
 

@@ -157,7 +157,7 @@ def load_known(path: str | os.PathLike, digest: str | None = None) -> MetaTensor
 
 def load_pair(
     image: str | os.PathLike | MetaTensor,
-    answer: str | os.PathLike | MetaTensor,
+    label: str | os.PathLike | MetaTensor,
     labels: bool,
     digest: str | None = None,
 ) -> tuple[MetaTensor, MetaTensor]:
@@ -165,8 +165,8 @@ def load_pair(
 
     Args:
         image: path, or the volume ``(1, H, W, D)``.
-        answer: the same of its label map, or of a second image.
-        labels: ``answer`` is a label map.
+        label: the same of its label map, or of a second image.
+        labels: ``label`` is a label map.
         digest: :func:`pair_digest` that they are known to have; of volumes it is not compared.
 
     Returns:
@@ -175,15 +175,15 @@ def load_pair(
     Raises:
         VolumeError: one of them cannot be read, they are not on the same voxels, or are not what they were.
     """
-    in_hand = isinstance(image, MetaTensor), isinstance(answer, MetaTensor)
+    in_hand = isinstance(image, MetaTensor), isinstance(label, MetaTensor)
     volume = image if in_hand[0] else load_volume(image)
     names = [
-        v.meta.get("filename_or_obj", "the given volume") if isinstance(v, MetaTensor) else v for v in (image, answer)
+        v.meta.get("filename_or_obj", "the given volume") if isinstance(v, MetaTensor) else v for v in (image, label)
     ]
     if in_hand[1]:
-        other = as_labels(answer, names[1]) if labels else answer
+        other = as_labels(label, names[1]) if labels else label
     else:
-        other = (load_labels if labels else load_volume)(answer)
+        other = (load_labels if labels else load_volume)(label)
     other = on_axes_of(other, volume)
     if difference := grid_difference(other, volume):
         raise VolumeError(names[1], f"and its image differ {difference}")
@@ -242,15 +242,15 @@ def volume_digest(volume: MetaTensor) -> str:
     return digest.hexdigest()
 
 
-def pair_digest(image: MetaTensor, answer: MetaTensor | None, image_digest: str | None = None) -> str:
+def pair_digest(image: MetaTensor, label: MetaTensor | None, image_digest: str | None = None) -> str:
     """SHA-256 of an image, what goes with it, and their affine.
 
     Args:
         image: ``(1, H, W, D)``.
-        answer: the same voxels, or None.
+        label: the same voxels, or None.
         image_digest: :func:`volume_digest` of ``image``, where it is known.
     """
-    parts = [image_digest or volume_digest(image), volume_digest(answer) if answer is not None else ""]
+    parts = [image_digest or volume_digest(image), volume_digest(label) if label is not None else ""]
     geometry = (np.round(np.asarray(image.affine, dtype=float), 3) + 0.0).tolist()  # -0 becomes 0
     return hashlib.sha256(f"{''.join(parts)}{geometry}".encode()).hexdigest()
 

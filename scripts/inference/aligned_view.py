@@ -27,7 +27,7 @@ class AlignedView:
     Args:
         image: ``(1, h, w, d)`` in [0, 1], with its place in the scan.
         values: labels.
-        generation: the contexts' answers are images; there is one label, 1.
+        generation: the contexts' labels are images; there is one label, 1.
         window: what the network sees at once; a larger region is tiled.
 
     Attributes:
@@ -50,9 +50,9 @@ class AlignedView:
         self._kind = ""
         self._folded = 0.0
         self._images: dict[int, Tensor] = {}
-        self._answers: dict[int, Tensor] = {}
+        self._labels: dict[int, Tensor] = {}
 
-    def add(self, number: int, found: Alignment, k: int, image: MetaTensor, answer: MetaTensor) -> None:
+    def add(self, number: int, found: Alignment, k: int, image: MetaTensor, label: MetaTensor) -> None:
         """Bring a context to the region, if it covers enough of it.
 
         Args:
@@ -60,13 +60,13 @@ class AlignedView:
             found: transforms of this region to contexts.
             k: which of them.
             image: ``(1, H, W, D)`` around the region, from 0 to 1.
-            answer: the same voxels.
+            label: the same voxels.
         """
         inside = torch.ones_like(image.as_tensor())
         if self._generation:
-            masks = answer.as_tensor().float()
+            masks = label.as_tensor().float()
         else:
-            masks = torch.cat([(answer.as_tensor() == value).float() for value in self.values])
+            masks = torch.cat([(label.as_tensor() == value).float() for value in self.values])
         both = MetaTensor(torch.cat([image.as_tensor(), inside, masks]), affine=image.affine)
         device = found.displacement.device if found.displacement is not None else self.image.device
         warped = found.warp(both.to(device), k, self.image.shape[1:], self.image.affine).cpu()
@@ -74,7 +74,7 @@ class AlignedView:
         if seen.float().mean() < COVERING_PART:
             return
         self._images[number] = _scaled(warped[:1], seen)
-        self._answers[number] = (_scaled(warped[2:], seen) if self._generation else warped[2:]).half()
+        self._labels[number] = (_scaled(warped[2:], seen) if self._generation else warped[2:]).half()
         self.similarity[number] = float(found.similarity[k])
         self.words[number] = found.describe(k)
         self._folded = max(self._folded, float(found.folded[k]))
@@ -98,7 +98,7 @@ class AlignedView:
 
     def shown(self, number: int, value: int) -> tuple[Tensor, Tensor]:
         """A context's image and soft mask for a label as they lie on the region, each ``(h, w, d)``."""
-        return self._images[number][0], self._answers[number][self.values.index(value)].float()
+        return self._images[number][0], self._labels[number][self.values.index(value)].float()
 
     def parts(self, members: Members, of_window: WindowScores, overlap: float) -> Parts:
         """As :class:`~scripts.inference.views.View`; contexts that are not aligned with the region are left out."""
@@ -109,8 +109,8 @@ class AlignedView:
             empty = target.new_zeros((len(self.values), *target.shape[1:]))
             return empty, empty
         images = torch.stack([self._images[number] for number in numbers])
-        answers = torch.stack([self._answers[number] for number in numbers]).float()
-        wanted = answers if self._generation else (answers > MASK_THRESHOLD).float()
+        labels = torch.stack([self._labels[number] for number in numbers]).float()
+        wanted = labels if self._generation else (labels > MASK_THRESHOLD).float()
         stack = torch.cat([target, images.flatten(0, 1), wanted.flatten(0, 1)])[None]
         place = {number: i for i, number in enumerate(numbers)}
 
@@ -120,9 +120,9 @@ class AlignedView:
 
         roi = [min(size, most) for size, most in zip(target.shape[1:], self._window, strict=True)]
         scores = sliding_window_inference(stack, roi, 1, scores_of, overlap, mode="gaussian")[0]
-        return scores, self._votes(members, numbers, images, answers)
+        return scores, self._votes(members, numbers, images, labels)
 
-    def _votes(self, members: Members, numbers: Sequence[int], images: Tensor, answers: Tensor) -> Tensor:
+    def _votes(self, members: Members, numbers: Sequence[int], images: Tensor, labels: Tensor) -> Tensor:
         votes, weights = [], {}
         for channel, value in enumerate(self.values):
             chosen = tuple(members[value])
@@ -132,7 +132,7 @@ class AlignedView:
             if chosen not in weights:
                 counting = torch.tensor([number in chosen for number in numbers])
                 weights[chosen] = vote_weights(self.image.as_tensor(), images, self._kind, counting)
-            votes.append(vote(weights[chosen], answers[:, channel : channel + 1])[0])
+            votes.append(vote(weights[chosen], labels[:, channel : channel + 1])[0])
         return torch.stack(votes)
 
 

@@ -176,7 +176,7 @@ class AlignedContexts:
         for number, here in same.items():
             if number in other._known:
                 self._known[here] = other._known[number]
-            for kind in ("image", "answer"):
+            for kind in ("image", "label"):
                 kept = other._crops.get((kind, number))
                 if kept is not None:
                     self._crops.put((kind, here), kept)
@@ -188,14 +188,14 @@ class AlignedContexts:
 
     def _know(self, number: int) -> _Known:
         if number not in self._known:
-            image, answer = self.context.native(number)
+            image, label = self.context.native(number)
             voxel_mm = float(nib.affines.voxel_sizes(np.asarray(image.affine)).min())
             points = {} if self.context.generation else {
-                value: extreme_points(answer[0].as_tensor() == value, answer.affine)
-                for value in count_labels(answer.as_tensor())
+                value: extreme_points(label[0].as_tensor() == value, label.affine)
+                for value in count_labels(label.as_tensor())
             }  # fmt: skip
             self._known[number] = _Known(coarser(image, COARSE_VOXELS), points, voxel_mm)
-            self._keep_crop(number, image, answer)
+            self._keep_crop(number, image, label)
         return self._known[number]
 
     def _relate(self, numbers: Sequence[int]) -> None:
@@ -343,32 +343,32 @@ class AlignedContexts:
         low, high = np.maximum(low, 0), np.minimum(high, scan.shape[1:])
         return None if (high - low < 2).any() else [(int(a), int(b)) for a, b in zip(low, high, strict=True)]
 
-    def _keep_crop(self, number: int, image: MetaTensor, answer: MetaTensor) -> None:
+    def _keep_crop(self, number: int, image: MetaTensor, label: MetaTensor) -> None:
         """Keep what lies around a context's labels, its intensities from 0 to 1, as far as there is room."""
         if self.context.generation:
             box = [(0, size) for size in image.shape[1:]]
-        elif not (answer > 0).any():
+        elif not (label > 0).any():
             return
         else:
             margin = np.ceil(CROP_MARGIN_MM / nib.affines.voxel_sizes(np.asarray(image.affine))).astype(int)
             box = [
                 (max(low - m, 0), min(high + m, size))
                 for (low, high), m, size in zip(
-                    bounding_box(answer[0].as_tensor() > 0), margin, image.shape[1:], strict=True
+                    bounding_box(label[0].as_tensor() > 0), margin, image.shape[1:], strict=True
                 )
             ]
         low, high = image.min(), image.max()
         cut = cropped((image - low) / (high - low), box)
         self._crops.put(("image", number), MetaTensor(cut.as_tensor().half(), affine=cut.affine))
-        kept = cropped(answer, box)
-        self._crops.put(("answer", number), MetaTensor(kept.as_tensor().clone(), affine=kept.affine))
+        kept = cropped(label, box)
+        self._crops.put(("label", number), MetaTensor(kept.as_tensor().clone(), affine=kept.affine))
 
     def _crop(self, number: int, region: MetaTensor, start: Tensor) -> tuple[MetaTensor, MetaTensor] | None:
-        """What of a context lies around a target's region: image and answer; None if hardly anything does."""
-        pair = [self._crops.get((kind, number)) for kind in ("image", "answer")]
+        """What of a context lies around a target's region: image and label; None if hardly anything does."""
+        pair = [self._crops.get((kind, number)) for kind in ("image", "label")]
         if any(part is None for part in pair):
             pair = list(self.context.native(number))
-        image, answer = pair
+        image, label = pair
         corners = np.array(np.meshgrid(*[(0, size - 1) for size in region.shape[1:]])).reshape(3, -1).T
         to_voxels = np.linalg.inv(np.asarray(image.affine)) @ start.numpy() @ np.asarray(region.affine.cpu())
         reached = nib.affines.apply_affine(to_voxels, corners)
@@ -378,9 +378,9 @@ class AlignedContexts:
         if (high - low < 4).any():
             return None
         box = list(zip(low.tolist(), high.tolist(), strict=True))
-        image, answer = cropped(image, box), cropped(answer, box)
+        image, label = cropped(image, box), cropped(label, box)
         image = MetaTensor(image.as_tensor().float(), affine=image.affine)
-        return None if image.min() == image.max() else (image, answer)
+        return None if image.min() == image.max() else (image, label)
 
     # --- between runs
 

@@ -32,7 +32,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of the network in the scores of aligned views, of which the self-test takes the best."""
 
 THRESHOLD_SHIFTS = (-0.3, -0.15, 0.0, 0.15, 0.3)
-"""A mask that hardly changes when the threshold moves by these was answered firmly."""
+"""A mask that hardly changes when the threshold moves by these was predicted firmly."""
 
 FLIP_LOSS = 0.02
 """An axis is mirrored in the ensemble if that costs the contexts no more mean Dice than this."""
@@ -41,7 +41,7 @@ FLIP_TESTED = 4
 """Contexts, evenly spread, on which mirroring is tried."""
 
 DICE_EXPONENT = 1.75
-"""Dice falls faster than agreement, since wrong answers may be firm. Fitted on half of the cases of
+"""Dice falls faster than agreement, since wrong predictions may be firm. Fitted on half of the cases of
 ``benchmarks.expected_quality``, hippocampus data, and checked on the other half."""
 
 LOW_AGREEMENT_MARGIN = 0.05

@@ -91,10 +91,10 @@ def gather_contexts(
 
     Args:
         names: one per pair.
-        pairs: image and answer of each, as a path or as a volume ``(1, H, W, D)``.
+        pairs: image and label of each, as a path or as a volume ``(1, H, W, D)``.
         spatial_size: the network's grid.
         spacing: isotropic voxel size in mm; None fits the largest pair.
-        generation: the answers are images.
+        generation: the labels are images.
 
     Raises:
         ValueError: a faulty pair.
@@ -102,10 +102,10 @@ def gather_contexts(
     kind = "output" if generation else "label"
     examples, cases, notes, first_of = [], [], [], {}
     for name, pair in zip(names, pairs, strict=True):
-        image, answer = pair
+        image, label = pair
         image = load_volume(image) if isinstance(image, str) else image
-        answer = (load_volume if generation else load_exact)(answer) if isinstance(answer, str) else answer
-        case = examine(image, answer, kind)
+        label = (load_volume if generation else load_exact)(label) if isinstance(label, str) else label
+        case = examine(image, label, kind)
         if case["problems"]:
             raise ValueError(f"{name}: {'; '.join(case['problems'])}")
         first = first_of.setdefault(case["image_digest"], name)

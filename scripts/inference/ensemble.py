@@ -29,7 +29,7 @@ class Member(NamedTuple):
 
 
 class Mirrored(nn.Module):
-    """A network that sees target and contexts mirrored, and whose answer is mirrored back.
+    """A network that sees target and contexts mirrored, and whose prediction is mirrored back.
 
     Args:
         network: called as ``network(target, images, labels, mini_context_size)``.

@@ -1,4 +1,4 @@
-"""Writing answers where the scan is, for every viewer."""
+"""Writing predictions where the scan is, for every viewer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from scripts.runtime.output_folder import write_output
 _SCANNER_SPACE = 1
 
 
-def native_nifti(answer: MetaTensor) -> nib.Nifti1Image:
-    """An answer as a NIfTI image that lies on its scan in every viewer.
+def native_nifti(prediction: MetaTensor) -> nib.Nifti1Image:
+    """A prediction as a NIfTI image that lies on its scan in every viewer.
 
     Some viewers go by the sform and some by the qform; a scan may have both, and different. For a NIfTI scan its
     sform, qform, their codes and the units are taken over as they are. For any other the affine becomes the sform,
@@ -27,9 +27,9 @@ def native_nifti(answer: MetaTensor) -> nib.Nifti1Image:
     which other readers of NIfTI do not know, becomes uint32.
 
     Args:
-        answer: ``(1, H, W, D)`` in the scan's own space, with the scan's meta data.
+        prediction: ``(1, H, W, D)`` in the scan's own space, with the scan's meta data.
     """
-    voxels, affine, meta = answer[0].cpu().numpy(), np.asarray(answer.affine, dtype=float), answer.meta
+    voxels, affine, meta = prediction[0].cpu().numpy(), np.asarray(prediction.affine, dtype=float), prediction.meta
     if voxels.dtype == np.int64:
         voxels = voxels.astype(np.uint32)
     if NIFTI_SPACE in meta:
@@ -52,25 +52,25 @@ def native_nifti(answer: MetaTensor) -> nib.Nifti1Image:
     return image
 
 
-def save_native(answer: MetaTensor, path: str | Path) -> None:
+def save_native(prediction: MetaTensor, path: str | Path) -> None:
     """Write :func:`native_nifti` to ``path`` (``.nii.gz``), all of it or nothing.
 
     Raises:
         FileExistsError: there is a file that this program did not write.
         OSError: the folder cannot be written, or the disk is full.
     """
-    image = native_nifti(answer)
+    image = native_nifti(prediction)
     write_output(path, lambda temporary: nib.save(image, temporary), ".nii.gz")
 
 
-class SaveAnswerd(MapTransform):
-    """Writes answers under the name in their meta data; the data pass through as they are.
+class SavePredictiond(MapTransform):
+    """Writes predictions under the name in their meta data; the data pass through as they are.
 
-    MONAI's ``SaveImaged`` writes one affine for both of NIfTI's, and answers every failure with advice to install
+    MONAI's ``SaveImaged`` writes one affine for both of NIfTI's, and meets every failure with advice to install
     writers; here an error arrives as it was raised, so that a full disk is told from a faulty case.
 
     Args:
-        keys: answers ``(1, H, W, D)``, MetaTensors.
+        keys: predictions ``(1, H, W, D)``, MetaTensors.
         output_dir: the folder they go to.
     """
 

@@ -1,4 +1,4 @@
-"""The network's scores as files, for those who want to set their own threshold or to combine answers."""
+"""The network's scores as files, for those who want to set their own threshold or to combine predictions."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from scripts.inference.confidence import ConfidentInferer
 from scripts.inference.failures import folder_fault, reason_of
 from scripts.inference.result_folder import ResultFolder
 from scripts.inference.target import Target
-from scripts.inference.targets import TargetSource
+from scripts.inference.target_source import TargetSource
 from scripts.reporting.report_files import REPORT, remove_shards
 from scripts.reporting.report_page import PAGE
 from scripts.runtime.manifest import file_sha256, write_manifest

@@ -34,18 +34,18 @@ MISSED_PART = 0.05
 """A label lies partly outside of its view if so much of it does; less is what resampling changes."""
 
 
-def dice_by_label(answer: Tensor, truth: Tensor, count: int) -> list[float]:
+def dice_by_label(prediction: Tensor, truth: Tensor, count: int) -> list[float]:
     """MONAI's Dice of each of ``count`` labels.
 
     Args:
-        answer: ``(1, h, w, d)``, as from :func:`~scripts.data.label_decision.winning_label`.
+        prediction: ``(1, h, w, d)``, as from :func:`~scripts.data.label_decision.winning_label`.
         truth: the same.
         count: K.
 
     Returns:
         K values; NaN where neither has the label, 0 where only one has it.
     """
-    masks = [one_hot(x[None], count + 1) for x in (answer, truth)]
+    masks = [one_hot(x[None], count + 1) for x in (prediction, truth)]
     dice = compute_dice(*masks, include_background=False, ignore_empty=False)[0]
     absent = ~(masks[0].flatten(2).any(2) | masks[1].flatten(2).any(2))[0, 1:]
     return torch.where(absent, torch.nan, dice).tolist()
@@ -112,7 +112,7 @@ def held_out(
 def dice_in_views(
     views: Sequence[View], winners: Sequence[Tensor], label: MetaTensor, counted: Tensor | None = None
 ) -> dict[int, float]:
-    """Dice of each label on the voxels of the view that answers for it.
+    """Dice of each label on the voxels of the view that shows it.
 
     What of a label lies outside of its view counts as missed.
 

@@ -69,7 +69,7 @@ class Target:
         self.as_it_is.update(values)
 
     def scores_by_label(self) -> dict[int, PlacedScores]:
-        """Scores of each label on the voxels of the view that answers for it, with that view's place in the scan."""
+        """Scores of each label on the voxels of the view that shows it, with that view's place in the scan."""
         return {
             value: PlacedScores(score, view.image)
             for view, scores in zip(self.views, self.scores, strict=True)

@@ -45,7 +45,7 @@ class View(Protocol):
 
     Attributes:
         image: ``(1, h, w, d)`` in [0, 1], with its place in the scan.
-        values: labels it answers for.
+        values: labels that it shows.
     """
 
     image: MetaTensor

@@ -99,8 +99,8 @@ def episode_figure(
 
     Args:
         target: ``(H, W, D)`` array or tensor in [0, 1], like truth and pred; shown axial and coronal.
-        truth: the wanted answer.
-        pred: the network's answer; values beyond [0, 1] are clipped.
+        truth: the label, or the wanted output.
+        pred: the network's prediction; values beyond [0, 1] are clipped.
         context_images: ``(L, H, W, D)``, shown axial.
         context_labels: ``(L, H, W, D)``.
         max_contexts: how many of the L pairs are shown.

@@ -151,20 +151,20 @@ class ReportFiles:
         return [self.folder / REPORT, *sorted((self.folder / SHARDS).glob("report-*.json"))]
 
     def adopt_earlier_version(self) -> None:
-        """Put on record what a version without record wrote: the reports, and the answers that they prove theirs.
+        """Put on record what a version without record wrote: the reports, and the predictions that they prove theirs.
 
-        An answer counts if a report names its case as done and has the volumes of the very labels that it holds; with
-        it count its picture and its maps. A generated image has no such proof, and stays what it is.
+        A prediction counts if a report names its case as done and has the volumes of the very labels that it holds;
+        with it count its picture and its maps. A generated image has no such proof, and stays what it is.
         """
         for path in self.paths():
             report = read_report(path)
             if not report or not _REPORT_ENTRIES <= report.keys() or self._output.wrote(path):
                 continue
             for case, entry in report["cases"].items():
-                answer = self.folder / f"{case}.nii.gz"
-                if answer.parent == self.folder and not self._output.has_record_of(answer) and _proves(entry, answer):
+                file = self.folder / f"{case}.nii.gz"
+                if file.parent == self.folder and not self._output.has_record_of(file) and _proves(entry, file):
                     maps = (self.folder / "probabilities" / case).glob("label_*.nii.gz")
-                    self._output.adopt(answer, self.folder / f"{case}.png", *maps)
+                    self._output.adopt(file, self.folder / f"{case}.png", *maps)
             pages = [self.folder / name for name in (PAGE, VOLUMES, MANIFEST)]
             self._output.adopt(_journal(path), *(page for page in pages if not self._output.has_record_of(page)), path)
 
@@ -209,7 +209,7 @@ def publish(report: Report, folder: str | os.PathLike) -> None:
 def merge_shards(folder: str | os.PathLike, partial: bool = False) -> Report:
     """Make the report of a run from those of its shards.
 
-    Cases that an earlier ``report.json`` of the same contexts, weights and settings has are kept if their answers
+    Cases that an earlier ``report.json`` of the same contexts, weights and settings has are kept if their predictions
     are still there.
 
     Args:
@@ -269,10 +269,10 @@ def remove_shards(folder: str | os.PathLike) -> None:
         shards.rmdir()
 
 
-def _proves(entry: Mapping[str, Any], answer: Path) -> bool:
+def _proves(entry: Mapping[str, Any], prediction: Path) -> bool:
     """Whether a mask is the one that a report's entry was made of."""
     try:
-        image = nib.load(answer)
+        image = nib.load(prediction)
         values, counts = np.unique(np.asanyarray(image.dataobj), return_counts=True)
         voxel_mm3 = float(np.prod(nib.affines.voxel_sizes(image.affine)))
         found = {str(int(value)): count * voxel_mm3 for value, count in zip(values, counts, strict=True) if value}

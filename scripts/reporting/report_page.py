@@ -1,4 +1,4 @@
-"""One HTML page per run for the people who check its answers: what was run, table, pictures, what needs a look.
+"""One HTML page per run for the people who check its predictions: what was run, table, pictures, what needs a look.
 
 The page is one file that needs no network and no scripts. It stays small over thousands of cases: cases that need a
 look come first, then those of lowest expected Dice; the first 1,000 have a row and the first 60 a picture in the page.
@@ -67,7 +67,7 @@ Child = Element | str | None
 
 
 def write_page(report: Mapping[str, Any], folder: str | os.PathLike) -> None:
-    """Write ``report.html`` beside the answers.
+    """Write ``report.html`` beside the predictions.
 
     Args:
         report: content of ``report.json``.
@@ -84,10 +84,12 @@ def write_page(report: Mapping[str, Any], folder: str | os.PathLike) -> None:
     body = _tag(
         "body",
         _tag("h1", title),
-        _tag("p", "For research use only. Every answer needs a look by somebody who knows the anatomy.", cls="quiet"),
+        _tag(
+            "p", "For research use only. Every prediction needs a look by somebody who knows the anatomy.", cls="quiet"
+        ),
         _tiles(report),
         *_what_was_run(report),
-        *_lists("Failed targets", failed, "These have no answer. The same command tries them again."),
+        *_lists("Failed targets", failed, "These have no prediction. The same command tries them again."),
         *_lists("Warnings about the contexts", {"": report["warnings"]} if report.get("warnings") else {}),
         *_self_test(report, labels),
         *_label_summary(cases, labels),

@@ -96,7 +96,7 @@ def options_as_run() -> dict[str, Any]:
 
 
 def install_one_line_errors(debug: bool) -> None:
-    """Answer an error with one line and exit status 1; with ``debug`` keep the traceback."""
+    """Meet an error with one line and exit status 1; with ``debug`` keep the traceback."""
     if debug:
         return
     warnings.simplefilter("ignore")

@@ -396,11 +396,11 @@ def test_load_pair_reads_a_case(write_nifti, tmp_path):
     }
     load = LoadCase(Preprocessing((8, 8, 8), 1.0))
     pair = load(case)
-    assert set(pair) == {"image", "answer"} and pair["answer"].sum() == ball((8, 8, 8), (4, 4, 4), 2).sum()
+    assert set(pair) == {"image", "label"} and pair["label"].sum() == ball((8, 8, 8), (4, 4, 4), 2).sum()
     alone = load({"image": case["image"]})
     assert set(alone) == {"image"} and alone["image"].shape == (1, 8, 8, 8) and alone["image"].max() == 1
     both = load({"image": case["image"], "output": case["image"]})
-    assert torch.equal(both["image"], both["answer"]) and both["answer"].dtype == torch.float32
+    assert torch.equal(both["image"], both["label"]) and both["label"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "text"])

@@ -16,7 +16,5 @@ def test_less_memory_means_fewer_pairs_at_once(monkeypatch):
     for maps in (1, 8, 12, 1000):
         monkeypatch.setattr(memory_plan, "free_memory", lambda _, m=maps: m * one)
         found.append(memory_plan.fitting_pairs(network, (32, 32, 32), CPU))
-    assert (
-        found == sorted(found) and found[0] == 1 and found[-1] == memory_plan.MOST_PAIRS["cpu"]
-    assert len(set(found)) > 2
-    )
+    assert found == sorted(found) and len(set(found)) > 2
+    assert found[0] == 1 and found[-1] == memory_plan.MOST_PAIRS["cpu"]

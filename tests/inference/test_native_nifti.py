@@ -1,4 +1,4 @@
-"""Answers as NIfTI files."""
+"""Predictions as NIfTI files."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from monai.data import MetaTensor
 
 from scripts.data.volumes import load_volume
-from scripts.inference.native_nifti import SaveAnswerd
+from scripts.inference.native_nifti import SavePredictiond
 from scripts.runtime.output_folder import STATE
 
 
-def save(answer, folder):
-    SaveAnswerd("pred", str(folder))({"pred": answer})
+def save(prediction, folder):
+    SavePredictiond("pred", str(folder))({"pred": prediction})
 
 
 @pytest.mark.parametrize("name", ["case 1.nii.gz", "case.1.nii.gz"])
@@ -23,8 +23,8 @@ def save(answer, folder):
 def test_voxels_affine_and_type_are_kept(tmp_path, name, shape, dtype):
     voxels = torch.arange(np.prod(shape)).reshape(1, *shape).to(dtype)
     affine = np.diag([1.0, 2.0, 3.0, 1.0])
-    answer = MetaTensor(voxels, affine=torch.as_tensor(affine), meta={"filename_or_obj": f"/elsewhere/{name}"})
-    save(answer, tmp_path)
+    prediction = MetaTensor(voxels, affine=torch.as_tensor(affine), meta={"filename_or_obj": f"/elsewhere/{name}"})
+    save(prediction, tmp_path)
     assert [p.name for p in tmp_path.iterdir() if p.name != STATE] == [name], "and nothing is left over"
     assert (tmp_path / name).read_bytes()[:2] == b"\x1f\x8b"
     read = nib.load(tmp_path / name)

@@ -94,11 +94,11 @@ def as_meta_tensor(image: Image) -> MetaTensor:
     return MetaTensor(torch.from_numpy(voxels)[None], affine=torch.as_tensor(image.metadata()["affine"]))
 
 
-def segment_numbers(answer: np.ndarray, labels: Sequence[int]) -> np.ndarray:
+def segment_numbers(prediction: np.ndarray, labels: Sequence[int]) -> np.ndarray:
     """Label numbers -> segment numbers.
 
     Args:
-        answer: label numbers, 0 for background.
+        prediction: label numbers, 0 for background.
         labels: the label of segment 1, 2, ...
 
     Returns:
@@ -107,4 +107,4 @@ def segment_numbers(answer: np.ndarray, labels: Sequence[int]) -> np.ndarray:
     kind = np.uint8 if len(labels) <= np.iinfo(np.uint8).max else np.uint16
     order = np.argsort(labels)
     known = np.array([0, *np.asarray(labels)[order]])  # sorted, so that memory does not depend on the numbers
-    return np.array([0, *(order + 1)], kind)[np.searchsorted(known, answer)]
+    return np.array([0, *(order + 1)], kind)[np.searchsorted(known, prediction)]

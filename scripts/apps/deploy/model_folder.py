@@ -148,7 +148,7 @@ class ModelFolder:
         }
 
     def segments(self, inferer: ConfidentInferer) -> list[Segment]:
-        """The segments that answers have, in the order of :attr:`ConfidentInferer.label_values`.
+        """The segments that predictions have, in the order of :attr:`ConfidentInferer.label_values`.
 
         Raises:
             ValueError: as :func:`describe_segments`.

@@ -50,7 +50,7 @@ class Segment(NamedTuple):
 def describe_segments(
     labels: Sequence[int], names: Mapping[int, str], codes_file: str | Path | None = None
 ) -> list[Segment]:
-    """What the segments 1, 2, ... of an answer are.
+    """What the segments 1, 2, ... of a prediction are.
 
     Args:
         labels: label numbers, one per segment; any positive numbers.

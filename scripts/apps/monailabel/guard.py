@@ -63,12 +63,12 @@ def protect(server: FastAPI) -> None:
     """Put the guard before a server that runs already; once is enough, however often it is called."""
     if any(layer.cls is Guard for layer in server.user_middleware):
         return
-    if not settings.MONAI_LABEL_CORS_ORIGINS:  # MONAI Label lets every site read the answers then
+    if not settings.MONAI_LABEL_CORS_ORIGINS:  # MONAI Label lets every site read the predictions then
         server.user_middleware = [layer for layer in server.user_middleware if layer.cls is not CORSMiddleware]
     server.middleware_stack = None  # made again at the next request
     server.add_middleware(Guard)
     for kind in (*KINDS, HTTPException):
-        server.add_exception_handler(kind, _answer)
+        server.add_exception_handler(kind, _respond)
     # PyJWT wants the algorithms by name, which MONAI Label 0.8.5 does not give
     auth.jwt = SimpleNamespace(decode=decode_token)
 
@@ -91,7 +91,7 @@ def without_folders(text: str) -> str:
     return _ABSOLUTE.sub("", text)
 
 
-async def _answer(request: Request, error: Exception) -> JSONResponse:
+async def _respond(request: Request, error: Exception) -> JSONResponse:
     """Known errors by their status, without the folders of this machine."""
     try:
         with clear_statuses():

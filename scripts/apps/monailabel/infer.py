@@ -9,8 +9,8 @@ from typing import Any
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from scripts.apps.monailabel.annotations import Annotations
-from scripts.apps.monailabel.answer_files import write_answer
 from scripts.apps.monailabel.model_folder import CURRENT, ModelFolder
+from scripts.apps.monailabel.prediction_files import write_prediction
 from scripts.apps.monailabel.predictors import Predictors
 
 _FEW = re.compile(r"only \d+ contexts where --context_size is \d+")
@@ -67,7 +67,7 @@ class InContextSegmentation(InferTask):
             request: ``image`` (path), and perhaps ``weights`` (a name in the model folder) and ``result_extension``.
 
         Returns:
-            A temporary file with the answer on the scan's own voxels, and what is to be said of it: the contexts by
+            A temporary file with the prediction on the scan's own voxels, and what is to be said of it: the contexts by
             label, agreement, similarity to the nearest context, flags, warnings, the weights, seconds.
 
         Raises:
@@ -81,7 +81,7 @@ class InContextSegmentation(InferTask):
             named = {case["image"]: case["case"] for case in annotated.cases}
             used = {str(label): [named[path] for path in paths] for label, paths in target.used.items()}
         predicted = time.monotonic()
-        file = write_answer(target.prediction, image, request.get("result_extension"))
+        file = write_prediction(target.prediction, image, request.get("result_extension"))
         return file, {
             "label_names": {name: value for value, name in annotated.names.items()},
             "contexts": used,

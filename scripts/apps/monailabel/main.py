@@ -95,11 +95,11 @@ class InContextApp(MONAILabelApp):
                 raise ValueError(f"a proposal is not saved as {FINAL!r}: look at it, and submit it as an annotation")
             path, known = self._scan(store, image)
             # saved here: the base class looks for the id among the files where the server runs
-            answer = super().infer(request | {"image": path, "save_label": False}, store)
+            result = super().infer(request | {"image": path, "save_label": False}, store)
             if known and request.get("save_label"):
-                said = {"model": request["model"], "params": answer["params"]}
-                answer["label"] = store.save_label(image, answer["file"], tag, said)
-            return answer
+                said = {"model": request["model"], "params": result["params"]}
+                result["label"] = store.save_label(image, result["file"], tag, said)
+            return result
 
     def infer_wsi(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         """There are no whole slide images here."""

@@ -1,4 +1,4 @@
-"""Errors as HTTP statuses: MONAI Label answers every one of them with 500 and no reason."""
+"""Errors as HTTP statuses: MONAI Label reports every one of them as 500, without a reason."""
 
 from __future__ import annotations
 

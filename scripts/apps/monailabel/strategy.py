@@ -22,7 +22,7 @@ CANDIDATES = 16
 
 
 class LeastConfident(Strategy):
-    """Proposes the scan whose answer holds least firmly (``agreement`` of ``ConfidentInferer``, mean over labels).
+    """Proposes the scan whose prediction holds least firmly (``agreement`` of ``ConfidentInferer``, mean over labels).
 
     Scans that were never proposed come first, then those proposed longest ago, so that one that was passed over does
     not come again at once. Of many, an evenly spread part is predicted. Without any annotation the choice is random.

@@ -15,8 +15,8 @@ from fastapi import HTTPException  # noqa: E402
 from monailabel.interfaces.utils.app import app_instance  # noqa: E402
 
 from scripts.apps.monailabel.annotations import given_names  # noqa: E402
-from scripts.apps.monailabel.answer_files import write_answer  # noqa: E402
 from scripts.apps.monailabel.model_folder import ModelFolder  # noqa: E402
+from scripts.apps.monailabel.prediction_files import write_prediction  # noqa: E402
 from scripts.apps.monailabel.predictors import DEFAULTS, app_options  # noqa: E402
 from scripts.apps.monailabel.statuses import NotFoundError, clear_statuses  # noqa: E402
 from scripts.data.volumes import load_volume  # noqa: E402
@@ -72,7 +72,7 @@ def save(app, studies, *cases):
 
 
 def propose(app, case, **params):
-    """Voxels of the answer, and what is said of it."""
+    """Voxels of the prediction, and what is said of it."""
     found = app.infer({"model": MODEL, "image": case} | params)
     voxels = load_volume(found["file"])[0].numpy()
     Path(found["file"]).unlink()
@@ -198,13 +198,13 @@ def test_labels_follow_the_annotations(tmp_path, make_app, make_studies, rewrite
 @pytest.mark.parametrize("ending", [".nrrd", ".nii", ".nii.gz"])
 def test_answers_lie_on_their_scan_in_every_format(ending):
     sheared = np.array([[1.5, 0.4, 0, 9], [0, 0.9, 0.2, -4], [0.1, 0, 2, 1], [0, 0, 0, 1]])
-    answer = as_volume((np.arange(60, dtype=np.int16).reshape(3, 4, 5), sheared))
-    file = write_answer(answer, "scan.mgz", ending)
+    prediction = as_volume((np.arange(60, dtype=np.int16).reshape(3, 4, 5), sheared))
+    file = write_prediction(prediction, "scan.mgz", ending)
     try:
         found = load_volume(file)
     finally:
         os.unlink(file)
-    assert np.array_equal(found.numpy(), answer.numpy()) and np.allclose(found.affine, sheared, atol=1e-5)
+    assert np.array_equal(found.numpy(), prediction.numpy()) and np.allclose(found.affine, sheared, atol=1e-5)
 
 
 def test_names_of_labels_as_viewers_give_them():

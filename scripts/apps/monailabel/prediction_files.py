@@ -1,4 +1,4 @@
-"""Answers as the files that viewers ask for."""
+"""Predictions as the files that viewers ask for."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ ENDINGS = (".nii.gz", ".nii", ".nrrd")
 _TO_LPS = np.diag([-1.0, -1.0, 1.0])
 
 
-def write_answer(answer: MetaTensor, source: str | Path, ending: str | None = None) -> str:
-    """Write an answer to a temporary file, which is the caller's to remove.
+def write_prediction(prediction: MetaTensor, source: str | Path, ending: str | None = None) -> str:
+    """Write a prediction to a temporary file, which is the caller's to remove.
 
-    Its data type is the answer's own: a viewer's wish for 8 bits would wrap label numbers above 255.
+    Its data type is the prediction's own: a viewer's wish for 8 bits would wrap label numbers above 255.
 
     Args:
-        answer: ``(1, H, W, D)`` in the scan's own space.
+        prediction: ``(1, H, W, D)`` in the scan's own space.
         source: path of the scan, whose ending is taken if it is one of :data:`ENDINGS`.
         ending: what the viewer asks for.
 
@@ -42,21 +42,21 @@ def write_answer(answer: MetaTensor, source: str | Path, ending: str | None = No
     path = folder.with_suffix(ending)  # beside it, so that removing the file leaves nothing
     try:
         if ending == ".nrrd":
-            save_nrrd(answer, path)
+            save_nrrd(prediction, path)
         else:
-            write_atomically(path, lambda temporary: nib.save(native_nifti(answer), temporary), ending)
+            write_atomically(path, lambda temporary: nib.save(native_nifti(prediction), temporary), ending)
     finally:
         folder.rmdir()
     return str(path)
 
 
-def save_nrrd(answer: MetaTensor, path: str | Path) -> None:
+def save_nrrd(prediction: MetaTensor, path: str | Path) -> None:
     """Write ``(1, H, W, D)`` as NRRD, sheared axes as they are, all of it or nothing.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
     """
-    affine = np.asarray(answer.affine, dtype=float)
+    affine = np.asarray(prediction.affine, dtype=float)
     header = {
         "space": "left-posterior-superior",
         "space directions": (_TO_LPS @ affine[:3, :3]).T,
@@ -64,5 +64,5 @@ def save_nrrd(answer: MetaTensor, path: str | Path) -> None:
         "kinds": ["domain"] * 3,
         "encoding": "gzip",
     }
-    voxels = answer[0].cpu().numpy()
+    voxels = prediction[0].cpu().numpy()
     write_atomically(path, lambda temporary: nrrd.write(temporary, voxels, header), ".nrrd")

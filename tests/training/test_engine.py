@@ -8,7 +8,8 @@ from monai.engines.utils import IterationEvents
 
 from scripts.data.global_intensity import GlobalIntensityNonlinear
 from scripts.losses import SmoothL3L1Loss
-from scripts.networks import Neuroverse3D
+from scripts.networks import Neuroverse3D, blocks
+from scripts.networks.kernels import conv3d
 from scripts.training.engine import EpisodeInferer, GroupTrainer, prepare_episode
 from scripts.training.handlers import ClipGradient
 
@@ -159,11 +160,15 @@ def test_unpaired_contexts_have_each_other_s_labels():
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
-def test_autocast_reaches_the_convolutions(name):
+def test_autocast_reaches_the_convolutions(name, monkeypatch):
     network, seen = Neuroverse3D(channels=(4, 8), spatial_size=8), set()
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv3d):
-            module.register_forward_hook(lambda _, inputs, output: seen.add(output.dtype))
+
+    def watched(*args, **kwargs):
+        output = conv3d(*args, **kwargs)
+        seen.add(output.dtype)
+        return output
+
+    monkeypatch.setattr(blocks, "conv3d", watched)
     x = torch.rand(1, 1, 8, 8, 8)
     contexts = {"context_in": x[None], "context_out": x[None]}
     pred = EpisodeInferer(amp=True, amp_dtype=name)(x, network, **contexts)

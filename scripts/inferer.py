@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from scripts.data.volumes import (
     VolumeError,
     load_exact,
     load_volume,
+    strip_ending,
     volume_digest,
     volume_fault,
 )
@@ -43,6 +45,9 @@ from scripts.runtime.memory import cache_bytes
 from scripts.runtime.processes import usable_device
 
 logger = logging.getLogger(__name__)
+
+_DIGEST = "image_digest"
+"""Meta data key of a preprocessed image: which target it is of."""
 
 Volume = str | Path | np.ndarray | Tensor | MetaTensor | tuple[np.ndarray, np.ndarray]
 
@@ -107,6 +112,7 @@ class ICLInferer(Inferer):
         self.share = EVEN_SHARE
         """Of the network in the scores of aligned views; the rest is the contexts' votes."""
         self._context = context
+        self._alive: weakref.WeakValueDictionary[str, Target] = weakref.WeakValueDictionary()
         self._passes: Passes | None = None
         self._aligned: AlignedContexts | None = None
 
@@ -230,8 +236,10 @@ class ICLInferer(Inferer):
         scan = as_volume(image)
         if scan.min() == scan.max():
             raise VolumeError(_name_of(image), CONSTANT.format(float(scan.min())))
-        on_grid = self.context.preprocessing.target(scan)
-        return Target(scan, on_grid, volume_digest(scan), name, case or {})
+        on_grid, digest = self.context.preprocessing.target(scan), volume_digest(scan)
+        on_grid.meta[_DIGEST] = digest
+        target = self._alive[digest] = Target(scan, on_grid, digest, name, case or {})
+        return target
 
     def complete(self, target: Target) -> Target:
         """Look at a target from :meth:`target`, and bring what was found to its own space: its ``prediction``."""
@@ -252,12 +260,19 @@ class ICLInferer(Inferer):
         Returns:
             ``(1, K, h, w, d)`` float32, one channel per label of :attr:`label_values`, 0 outside of every view.
         """
-        target = target or self.target_on_grid(inputs)
+        target = target or self.target_of(inputs)
         self.look(target, network)
         return self.on_grid(target)
 
-    def target_on_grid(self, inputs: Tensor) -> Target:
-        """A target of which there is no more than its preprocessed image ``(1, 1, h, w, d)``."""
+    def target_of(self, inputs: Tensor) -> Target:
+        """The target whose preprocessed image ``(1, 1, h, w, d)`` this is, or one of which there is no more than that.
+
+        An engine that hands over tensors alone, as MONAI Label's does, still has the target in its data.
+        """
+        digest = inputs.meta.get(_DIGEST) if isinstance(inputs, MetaTensor) else None
+        alive = self._alive.get(digest[0] if isinstance(digest, (list, tuple)) else digest)
+        if alive is not None:
+            return alive
         spacing = self.context.preprocessing.spacing_mm
         affine = inputs.affine if isinstance(inputs, MetaTensor) else torch.diag(torch.tensor([spacing] * 3 + [1.0]))
         plain = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
@@ -371,7 +386,11 @@ class ICLInferer(Inferer):
     def _eligible(self, target: Target) -> dict[int, list[int]]:
         """Numbers of the contexts that have a label and are not the target itself, by label."""
         itself = self.context.of_same_subject(target.digest)
-        return {value: [i for i in self.context.holding(value) if i not in itself] for value in self.label_values}
+        found = {}
+        for value in self.label_values:
+            on_grid = self.aligned is None or value in target.as_it_is
+            found[value] = [i for i in self.context.holding(value, on_grid) if i not in itself]
+        return found
 
     def _log_contexts(self, target: Target, members: Members) -> None:
         for value, pool in self._eligible(target).items():
@@ -443,7 +462,8 @@ class LoadTargetd(MapTransform):
             VolumeError: the file cannot be used.
         """
         (key,) = self.keys
-        target = self.predictor.target(data[key], data[self.name_key], data)
+        name = str(data[self.name_key]) if self.name_key in data else strip_ending(data[key]) or ""
+        target = self.predictor.target(data[key], name, data)
         return {**data, key: target.image, self.target_key: target}
 
 

@@ -222,7 +222,7 @@ class AlignedContexts:
             eligible: by label, numbers of the contexts that come into question.
         """
         self.describe(values)
-        numbers = self._preselected(target, sorted({number for pool in eligible.values() for number in pool}))
+        numbers = self._preselected(target, eligible)
         scattered = self._scattered(values)
         followed = [value for value in values if value not in scattered]
         if scattered or not numbers:
@@ -262,11 +262,12 @@ class AlignedContexts:
         rest = [value for value in followed if value not in served]
         target.views += [*views, *([EmptyView(target.image, rest)] if rest else [])]
 
-    def _preselected(self, target: Target, numbers: list[int]) -> list[int]:
-        """Those that may serve, the ones that look most like the target as they are first."""
+    def _preselected(self, target: Target, eligible: Mapping[int, Sequence[int]]) -> list[int]:
+        """Contexts that may serve some label, the ones that look most like the target as they are first."""
         alike = self.context.similarity(target.image).tolist()
-        ranked = sorted(numbers, key=lambda n: (-alike[n], n))
-        return ranked[: PRESELECTED * self.context.serving] if self.context.chooses else ranked
+        most = PRESELECTED * self.context.serving if self.context.chooses else len(self.context)
+        ranked = {n for pool in eligible.values() for n in sorted(pool, key=lambda n: (-alike[n], n))[:most]}
+        return sorted(ranked, key=lambda n: (-alike[n], n))
 
     def _whole(self, scan: MetaTensor, numbers: Sequence[int]) -> tuple[dict[int, Tensor], dict[int, float]]:
         """Affine transforms from a scan's world to those of contexts, and how alike they are after it."""

@@ -185,7 +185,7 @@ class ConfidentInferer(Inferer):
         self, inputs: Tensor, network: torch.nn.Module, *args: Any, target: Target | None = None, **kwargs: Any
     ) -> Tensor:
         """Scores of a preprocessed target, as :class:`ICLInferer`; what was found is in ``target``."""
-        target = target or self.predictor.target_on_grid(inputs)
+        target = target or self.predictor.target_of(inputs)
         self.look(target, network)
         return self.predictor.on_grid(target)
 

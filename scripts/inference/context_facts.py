@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 _READERS = 2
 """Threads that read pairs; more would need memory for as many scans at full size."""
 
+_VERSION = 2
+_FIELDS = {"values", "on_grid", "output_range", "thumbnail", "size"}
+
 _FEW = 16
 """So many pairs are read without a progress bar."""
 
@@ -37,12 +40,14 @@ class PairFacts:
     """What is remembered of a pair when it is not in memory.
 
     Attributes:
-        values: label numbers on the grid, without background; none for generation.
+        values: label numbers on the pair's own voxels, without background; none for generation.
+        on_grid: those of them that have a voxel on the grid.
         output_range: for generation, the intensities that 0 and 1 of the output stand for.
         thumbnail: of the image (:func:`~scripts.inference.thumbnails.thumbnail`).
     """
 
     values: tuple[int, ...]
+    on_grid: tuple[int, ...]
     output_range: tuple[float, float]
     thumbnail: Tensor
 
@@ -51,6 +56,7 @@ class PairFacts:
         voxels = self.thumbnail.numpy()
         return {
             "values": self.values,
+            "on_grid": self.on_grid,
             "output_range": self.output_range,
             "thumbnail": base64.b64encode(voxels.tobytes()).decode(),
             "size": voxels.shape,
@@ -60,7 +66,8 @@ class PairFacts:
     def from_json(cls, content: dict[str, Any]) -> PairFacts:
         """From the record."""
         voxels = np.frombuffer(base64.b64decode(content["thumbnail"]), np.uint8).reshape(content["size"])
-        return cls(tuple(content["values"]), tuple(content["output_range"]), torch.from_numpy(voxels.copy()))
+        labels = tuple(content["values"]), tuple(content["on_grid"])
+        return cls(*labels, tuple(content["output_range"]), torch.from_numpy(voxels.copy()))
 
 
 def look_at_pairs(pairs: ContextPairs, record: str | Path | None = None) -> Sequence[PairFacts]:
@@ -73,8 +80,9 @@ def look_at_pairs(pairs: ContextPairs, record: str | Path | None = None) -> Sequ
     Raises:
         VolumeError: a file can no longer be read.
     """
-    known = {key: PairFacts.from_json(facts) for key, facts in read_record(record).items()}
-    keys = [hashlib.sha256(json.dumps([e.digest, *pairs.settings]).encode()).hexdigest() for e in pairs.examples]
+    settings = [_VERSION, *pairs.settings]
+    keys = [hashlib.sha256(json.dumps([e.digest, *settings]).encode()).hexdigest() for e in pairs.examples]
+    known = {key: PairFacts.from_json(facts) for key, facts in read_record(record).items() if facts.keys() >= _FIELDS}
     new = [i for i, key in enumerate(keys) if key not in known]
     started = time.monotonic()
     with ThreadPoolExecutor(_READERS) as pool:
@@ -92,6 +100,6 @@ def look_at_pairs(pairs: ContextPairs, record: str | Path | None = None) -> Sequ
 
 def look_at_pair(pairs: ContextPairs, number: int) -> PairFacts:
     """Facts of one pair."""
-    image, label, bounds = pairs.on_grid(number)
-    values = () if pairs.generation else tuple(count_labels(pairs.of_classes(label)))
-    return PairFacts(values, bounds, thumbnail(image, pairs.preprocessing.spatial_size))
+    image, label, bounds, values = pairs.on_grid(number)
+    left = () if pairs.generation else tuple(count_labels(pairs.of_classes(label)))
+    return PairFacts(values, left, bounds, thumbnail(image, pairs.preprocessing.spatial_size))

@@ -20,6 +20,11 @@ _CACHE_BYTES = 2**30
 """Pairs on the grid that are kept for the next target; about 100 at 128 voxels each way."""
 
 
+OnGrid = tuple[Tensor, Tensor, tuple[float, float], tuple[int, ...]]
+"""Image and label, each ``(1, H, W, D)``; the intensities that 0 and 1 of an output stand for; and the label numbers that
+the label has on its own voxels."""
+
+
 @dataclass(frozen=True)
 class Example:
     """A context pair before it is on the grid.
@@ -84,8 +89,8 @@ class ContextPairs:
         """What the voxels on the grid follow from, besides the files; for JSON."""
         return [self.preprocessing.fingerprint, self.generation, self._known_numbers()]
 
-    def on_grid(self, number: int) -> tuple[Tensor, Tensor, tuple[float, float]]:
-        """A pair on the grid, with all its label numbers, and the intensities that 0 and 1 of an output stand for."""
+    def on_grid(self, number: int) -> OnGrid:
+        """A pair on the grid, with all its label numbers; see :data:`OnGrid`."""
         return self._on_grid(number)
 
     def pairs(self, numbers: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
@@ -156,15 +161,16 @@ class ContextPairs:
                 self._on_grid.put(here, found)
         return same
 
-    def read(self, number: int) -> tuple[Tensor, Tensor, tuple[float, float]]:
+    def read(self, number: int) -> OnGrid:
         """As :meth:`on_grid`, from the files."""
         image, label = self._load(number)
         if not self.generation:
             known = self._known_numbers()
             ignored = [] if known is None else set(count_labels(label.as_tensor())).difference(known)
-            return *self.preprocessing.pair(image, label, ignored=ignored), (0.0, 1.0)
+            values = tuple(count_labels(self.of_classes(label.as_tensor())))
+            return *self.preprocessing.pair(image, label, ignored=ignored), (0.0, 1.0), values
         bounds = self.preprocessing.intensity_range(image, label)
-        return *self.preprocessing.image_pair(image, label), bounds
+        return *self.preprocessing.image_pair(image, label), bounds, ()
 
     def _load(self, number: int) -> tuple[MetaTensor, MetaTensor]:
         example = self.examples[number]

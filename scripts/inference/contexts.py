@@ -116,12 +116,18 @@ class ContextSet:
 
     @property
     def label_values(self) -> list[int]:
-        """Label numbers that occur in the pairs on the grid, background left out; none for generation."""
+        """Label numbers that occur in the pairs, background left out; none for generation."""
         return sorted({value for facts in self._facts for value in facts.values})
 
-    def holding(self, value: int) -> list[int]:
-        """Numbers of the pairs that have a label on the grid; for generation of all pairs."""
-        return [i for i, facts in enumerate(self._facts) if self.generation or value in facts.values]
+    def holding(self, value: int, on_grid: bool = False) -> list[int]:
+        """Numbers of the pairs that have a label; for generation of all pairs.
+
+        Args:
+            value: the label.
+            on_grid: it must have a voxel on the grid, where a small one may have none.
+        """
+        facts = enumerate(self._facts)
+        return [i for i, of in facts if self.generation or value in (of.on_grid if on_grid else of.values)]
 
     @property
     def output_range(self) -> tuple[float, float]:
@@ -148,7 +154,7 @@ class ContextSet:
         """
         if self.generation:
             return list(self._notes)
-        empty = [name for name, facts in zip(self.names, self._facts, strict=True) if not facts.values]
+        empty = [name for name, facts in zip(self.names, self._facts, strict=True) if not facts.on_grid]
         found = [f"no label is left on the grid of {listing(empty)}: not used"] if empty else []
         for value in values:
             having = self.holding(value)

@@ -71,6 +71,8 @@ class ICLOperator(Operator):
         voxel_mm3 = float(np.prod(nib.affines.voxel_sizes(target.scan.affine.numpy())))
         self.record["series"] = image.metadata()["series"] | {"image_digest": target.digest}
         self.record["seconds"] = round(seconds, 3)
+        self.record["warnings"] = [*self.record.get("warnings", []), *target.warnings]
+        self.record |= target.confidence | {"alignment": target.alignment}
         self.record["confidence"] = target.confidence
         self.record["alignment"] = target.alignment
         self.record["warnings"] += target.warnings

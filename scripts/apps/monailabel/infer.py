@@ -86,6 +86,7 @@ class InContextSegmentation(InferTask):
             "label_names": {name: value for value, name in annotated.names.items()},
             "contexts": used,
             **target.confidence,
+            "alignment": target.alignment,
             "warnings": _with_ids([*target.warnings, *annotated.left_out], named),
             "weights": prepared.weights.name,
             "latencies": {

@@ -1,7 +1,7 @@
 """Dice of whole-head scans through the public command line: ten deep structures, contexts of other people.
 
     python -m benchmarks.whole_heads --label_maps MAPS --output_dir OUT \
-        [--part development --contrasts 3 --context_sizes "[8]" --other_contrast true --options="--refine true"]
+        [--part development --contrasts 3 --context_sizes "[8]" --other_contrast true --options="--align off"]
 
 Every target is a person kept aside (``brain_05`` and ``brain_10`` for development, ``brain_15`` and ``brain_20`` for
 reporting), once in each contrast: T1-like, T2-like, then made-up ones. Its contexts are other people in the same

@@ -21,8 +21,8 @@ _CACHE_BYTES = 2**30
 
 
 OnGrid = tuple[Tensor, Tensor, tuple[float, float], tuple[int, ...]]
-"""Image and label, each ``(1, H, W, D)``; the intensities that 0 and 1 of an output stand for; and the label numbers that
-the label has on its own voxels."""
+"""Image and label, each ``(1, H, W, D)``; the intensities that 0 and 1 of an output stand for; and the numbers that the
+label has on its own voxels."""
 
 
 @dataclass(frozen=True)

@@ -302,7 +302,7 @@ class ICLInferer(Inferer):
         """
         context, eligible = self.context, self._eligible(target)
         similarity = None
-        if self.aligned is not None:
+        if target.aligned:  # where none is, the target is shown beside contexts as they are
             eligible = {value: [i for i in pool if i in target.aligned] for value, pool in eligible.items()}
             similarity = torch.tensor([target.aligned.get(i, -1.0) for i in range(len(context))])
         elif context.chooses:

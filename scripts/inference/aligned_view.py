@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
 from torch import Tensor
 
-from scripts.data.label_decision import MASK_THRESHOLD
+from scripts.data.label_decision import MASK_THRESHOLD, winning_label
 from scripts.data.preprocessing import PERCENTILES
 from scripts.inference.views import Members, Parts, WindowScores
 from scripts.registration import Alignment, vote, vote_weights
@@ -96,9 +96,12 @@ class AlignedView:
         }
         return self
 
-    def shown(self, number: int, value: int) -> tuple[Tensor, Tensor]:
-        """A context's image and soft mask for a label as they lie on the region, each ``(h, w, d)``."""
-        return self._images[number][0], self._answers[number][self.values.index(value)].float()
+    def shown(self, number: int) -> tuple[Tensor, Tensor]:
+        """A context's image and label map as they lie on the region, each ``(h, w, d)``; for generation its answer."""
+        answer = self._answers[number].float()
+        if self._generation:
+            return self._images[number][0], answer[0]
+        return self._images[number][0], torch.tensor((0, *self.values))[winning_label(answer)[0]]
 
     def parts(self, members: Members, of_window: WindowScores, overlap: float) -> Parts:
         """As :class:`~scripts.inference.views.View`; contexts that are not aligned with the region are left out."""

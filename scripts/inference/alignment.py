@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from scripts.data.resampling import grid_axes
 from scripts.inference.aligned_view import AlignedView, EmptyView
 from scripts.inference.contexts import ContextSet, listing
 from scripts.inference.regions import LabelGroup, extreme_points, group_labels
-from scripts.inference.target import Target
+from scripts.inference.target import NOT_TO_BE_TRUSTED, Target
 from scripts.inference.tensor_cache import TensorCache
 from scripts.inference.views import WholeView
 from scripts.registration import MODES, align
@@ -71,6 +72,16 @@ class _Known:
     voxel_mm: float
 
 
+@dataclass(frozen=True)
+class _Brought:
+    """How a context was brought to a whole scan: ``affine`` from the scan's world to its own, RAS in mm."""
+
+    affine: Tensor
+    similarity: float
+    aligned: bool
+    words: str
+
+
 class AlignedContexts:
     """The contexts of a set, brought to one target after the other.
 
@@ -101,6 +112,7 @@ class AlignedContexts:
         self._from_first: dict[int, np.ndarray] = {}
         self._groups: dict[tuple[int, ...], list[LabelGroup]] = {}
         self._crops = TensorCache(budget_bytes)
+        self._lock = threading.Lock()
         self._read_record()
 
     # --- what is found once
@@ -111,6 +123,10 @@ class AlignedContexts:
         Args:
             values: labels that will be asked for.
         """
+        with self._lock:
+            self._describe(values)
+
+    def _describe(self, values: Sequence[int]) -> None:
         started, count = time.monotonic(), len(self.context)
         for number in tqdm(range(count), "looking at contexts", unit="pair", disable=count <= BATCH):
             self._know(number)
@@ -187,7 +203,8 @@ class AlignedContexts:
     def prepare(self, target: Target, values: Sequence[int], eligible: Mapping[int, Sequence[int]]) -> None:
         """Bring contexts to a target: its ``views``, the contexts ``aligned``, and its ``alignment``.
 
-        Where no context can be aligned, the target is shown as it is, and said not to be trusted.
+        Where no context can be aligned, the target is shown as it is, and said not to be trusted. Labels that lie
+        outside of the scan are background.
 
         Args:
             target: a target.
@@ -198,18 +215,28 @@ class AlignedContexts:
         if not numbers:
             target.views = [WholeView(target.image, values, self.context)]
             return
+        # whichever target comes first: what is known of the contexts is the same
+        self.describe(values)
         scan = coarser(target.scan, COARSE_VOXELS).to(self.device)
-        starts, similarity = self._whole(scan, numbers)
-        best = max(similarity.values())
-        near = [number for number in numbers if similarity[number] >= best - REACH]
-        views, words = [], {}
+        whole = self._whole(scan, numbers)
+        starts = {number: one.affine for number, one in whole.items()}
+        best = max(one.similarity for one in whole.values())
+        near = [number for number in numbers if whole[number].similarity >= best - REACH]
+        views, words, outside = [], {}, []
         for group in self.groups(values):
-            view = self._view(target, group, {n: starts[n] for n in numbers}, near)
+            box = self._box(target.scan, group, starts, near)
+            if box is None:
+                outside.extend(group.values)
+                continue
+            view = self._view(target, group, box, starts)
             if view is not None:
                 views.append(view)
                 words |= view.words
                 for number, value in view.similarity.items():
                     target.aligned[number] = max(value, target.aligned.get(number, -1.0))
+        if len(outside) == len(values):  # no region to compare in
+            target.aligned = {number: one.similarity for number, one in whole.items() if one.aligned}
+            words = {number: one.words for number, one in whole.items()}
         left_out = [number for number in numbers if number not in target.aligned]
         target.alignment = {
             "mode": self.mode,
@@ -221,13 +248,19 @@ class AlignedContexts:
             "regions": [view.facts for view in views],
         }
         if not target.aligned:
-            target.warnings.append("no context could be aligned: the prediction is not to be trusted")
+            target.warnings.append(NOT_TO_BE_TRUSTED)
             target.views = [WholeView(target.image, values, self.context)]
             return
         if left_out:
             target.warnings.append(f"not aligned and left out: {listing(target.alignment['left_out'])}")
+        if outside:
+            target.warnings.append(f"outside of the scan and left empty: label {listing(list(map(str, outside)))}")
         served = {value for view in views for value in view.values}
         rest = [value for value in values if value not in served]
+        if lost := [value for value in rest if value not in outside]:
+            target.warnings.append(
+                f"no context aligned where it lies, left empty: label {listing(list(map(str, lost)))}"
+            )
         target.views = [*views, *([EmptyView(target.image, rest)] if rest else [])]
 
     def _preselected(self, target: Target, numbers: list[int]) -> list[int]:
@@ -237,31 +270,30 @@ class AlignedContexts:
         most = PRESELECTED * self.context.serving
         return sorted(sorted(numbers, key=lambda n: (-alike[n], n))[:most])
 
-    def _whole(self, scan: MetaTensor, numbers: Sequence[int]) -> tuple[dict[int, Tensor], dict[int, float]]:
-        """Affine transforms from a scan's world to those of contexts, and how alike they are after it."""
+    def _whole(self, scan: MetaTensor, numbers: Sequence[int]) -> dict[int, _Brought]:
+        """Contexts brought to a whole scan by affine transforms."""
         first = align(scan, [self._on_device(number) for number in numbers[:REFERENCES]], "affine")
         best = int(first.similarity.argmax())
         if not bool(first.aligned[best]):  # the others may still do
             found = [align(scan, [self._on_device(n) for n in part], "affine") for part in _batches(numbers)]
         else:
-            if any(number not in self._from_first for number in numbers):
-                self._relate([number for number in numbers if number not in self._from_first])
             to_first = np.linalg.inv(self._from_first[numbers[best]]) @ first.affine[best].numpy()
             starts = torch.stack([torch.from_numpy(self._from_first[n] @ to_first) for n in numbers])
             found = [
                 align(scan, [self._on_device(n) for n in part], "affine", start=start)
                 for part, start in zip(_batches(numbers), starts.split(BATCH), strict=True)
             ]
-        affines = torch.cat([one.affine for one in found])
-        similarity = torch.cat([one.similarity for one in found]).tolist()
-        return dict(zip(numbers, affines, strict=True)), dict(zip(numbers, similarity, strict=True))
+        brought = [
+            _Brought(one.affine[k], float(one.similarity[k]), bool(one.aligned[k]), one.describe(k))
+            for one in found
+            for k in range(len(one.affine))
+        ]
+        return dict(zip(numbers, brought, strict=True))
 
     def _view(
-        self, target: Target, group: LabelGroup, starts: Mapping[int, Tensor], near: Sequence[int]
+        self, target: Target, group: LabelGroup, box: Sequence[tuple[int, int]], starts: Mapping[int, Tensor]
     ) -> AlignedView | None:
-        box = self._box(target.scan, group, starts, near)
-        if box is None:
-            return None
+        """A region with the contexts that align there; None if none does."""
         affine, shape = np.asarray(target.scan.affine, dtype=float), target.scan.shape[1:]
         _, counts = grid_axes(affine, shape, box, group.spacing_mm)
         plain = Preprocessing((1, 1, 1), group.spacing_mm).target(target.scan, box)
@@ -362,7 +394,7 @@ class AlignedContexts:
                 found = {
                     int(n): np.asarray(m, dtype=np.float64).reshape(4, 4) for n, m in content["transforms"].items()
                 }
-                self._from_first = {n: m for n, m in found.items() if np.isfinite(m).all() and n < len(self.context)}
+                self._from_first = {n: m for n, m in found.items() if np.isfinite(m).all() and np.linalg.det(m) > 0}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             self._from_first = {}  # damaged: found anew
 

@@ -185,7 +185,7 @@ def test_faulty_contexts_are_all_named_or_left_out(data, weights, faulty, tmp_pa
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_faulty_files_in_python(data, weights, faulty, name):
-    predictor = ICLInferer(weights, device="cpu")
+    predictor = ICLInferer(weights, device="cpu", align="off")
     path = faulty / (name + MAKERS[name][0])
     with pytest.raises(ValueError, match=quoted(FAULTY[name])):
         predictor.set_context([*images(data)[:1], path], labels(data)[:2])

@@ -185,7 +185,7 @@ def test_labels_picks_and_orders(data, weights, tmp_path):
 
 def test_python_and_workflow_agree(data, weights, tmp_path):
     report = infer(tmp_path, data, weights, context_selection="first", overlays=False)
-    predictor = ICLInferer(str(weights), device="cpu", spacing=report["spacing_mm"])
+    predictor = ICLInferer(str(weights), device="cpu", spacing=report["spacing_mm"], align="off")
     images = [data / "imagesTr" / f"{name}_0000.nii.gz" for name in report["contexts"]]
     predictor.set_context(images, [data / "labelsTr" / f"{name}.nii.gz" for name in report["contexts"]])
     name = next(n for n in report["cases"] if n not in report["contexts"])
@@ -224,7 +224,7 @@ def contexts(count=3, shape=(16, 16, 16)):
 
 def test_answer_of_a_known_network_is_the_average_label():
     network = LabelAverage()
-    predictor = ICLInferer(network, device="cpu")
+    predictor = ICLInferer(network, device="cpu", align="off")
     images, labels = contexts()
     labels[0] = labels[0] * 300  # numbers above 255 need a wider type
     predictor.set_context(images, labels)
@@ -240,14 +240,14 @@ def test_below_the_threshold_is_background():
         def forward(self, *args, **kwargs):
             return 0.49 * super().forward(*args, **kwargs)
 
-    predictor = ICLInferer(Faint(), device="cpu")
+    predictor = ICLInferer(Faint(), device="cpu", align="off")
     predictor.set_context(*contexts())
     assert not predictor.predict(contexts()[0][0]).any()
 
 
 def test_larger_target_is_tiled_and_smaller_one_padded():
     network = Copy()
-    predictor = ICLInferer(network, device="cpu", spacing=1.0)
+    predictor = ICLInferer(network, device="cpu", spacing=1.0, align="off")
     predictor.set_context(*contexts())
     large = torch.zeros(1, 40, 20, 9)
     large[:, 25:35, 5:15, 2:7] = 1
@@ -259,7 +259,7 @@ def test_larger_target_is_tiled_and_smaller_one_padded():
 
 @pytest.mark.parametrize("axes", ["RAS", "LPI", "SAR", "AIL"])
 def test_reoriented_input_gives_the_reoriented_answer(axes):
-    predictor = ICLInferer(Copy(), device="cpu", spacing=1.0)
+    predictor = ICLInferer(Copy(), device="cpu", spacing=1.0, align="off")
     predictor.set_context(*contexts())
     affine = np.diag([1.0, 1.0, 1.0, 1.0])
     affine[:3, 3] = (-7, 3, 11)
@@ -281,7 +281,7 @@ def test_target_that_is_a_context_by_content(tmp_path, data):
     labels = [data / "labelsTr" / p.name.replace("_0000", "") for p in images]
     nib.save(nib.load(images[0]), tmp_path / "renamed.nii.gz")  # compressed anew, under another name
     network = LabelAverage()
-    predictor = ICLInferer(network, device="cpu")
+    predictor = ICLInferer(network, device="cpu", align="off")
     predictor.set_context(images, labels)
     predictor.predict(tmp_path / "renamed.nii.gz")
     assert {n for _, n in network.calls} == {2}
@@ -290,7 +290,7 @@ def test_target_that_is_a_context_by_content(tmp_path, data):
 
 
 def test_bad_contexts():
-    predictor = ICLInferer(LabelAverage(), device="cpu")
+    predictor = ICLInferer(LabelAverage(), device="cpu", align="off")
     images, labels = contexts()
     with pytest.raises(ValueError, match="no contexts"):
         predictor.predict(images[0])

@@ -17,7 +17,7 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from scripts.data import volumes
 from scripts.data.collection import Collection
-from scripts.data.conversion.dataset_writer import dataset_writer as conversion
+from scripts.data.conversion import dataset_writer as conversion
 from scripts.data.episodes import IGNORED, EpisodeDataset, collate_groups
 from scripts.data.integrity import inspect_cases
 from scripts.data.nnunet import DatasetError, NnunetDataset
@@ -171,7 +171,7 @@ def test_nearly_whole_label_values_are_rounded_everywhere(
     change_labels(root, lambda values, image: labelled(np.where(values, values + off, 0).astype(np.float64), image))
     faults = [case["problems"] for case in inspect_cases(NnunetDataset.read(root).cases())]
     assert all(not found if accepted else "no label numbers" in found[0] for found in faults)
-    icl = ICLInferer(Neuroverse3D(channels=(4, 8), spatial_size=16), device="cpu")
+    icl = ICLInferer(Neuroverse3D(channels=(4, 8), spatial_size=16), device="cpu", align="off")
     pair = [[str(root / "imagesTr" / "case_00_0000.nii.gz")], [str(root / "labelsTr" / "case_00.nii.gz")]]
     if accepted:
         assert {row["dice"] for row in evaluate(root / "labelsTr", tmp_path / "whole")} == {"1.0"}
@@ -359,7 +359,7 @@ def test_answers_given_as_arrays_may_lie_along_other_axes_too(make_dataset, tmp_
     image, label = (load_volume(next((root / part).iterdir())) for part in ("imagesTr", "labelsTr"))
     turned = MetaTensor(label.as_tensor().flip(1), affine=torch.as_tensor(np.diag([-1.0, 1, 1, 1])))
     turned.affine[0, 3] = 15
-    icl = ICLInferer(Neuroverse3D(channels=(4, 8), spatial_size=16), device="cpu")
+    icl = ICLInferer(Neuroverse3D(channels=(4, 8), spatial_size=16), device="cpu", align="off")
     icl.set_context([image], [turned])
     assert torch.equal(icl.context.native(0)[1].as_tensor().float(), label.as_tensor())
 
@@ -491,7 +491,7 @@ def test_a_case_replaced_after_the_check_never_gets_into_the_cache(prepared, rew
 def test_a_context_replaced_after_the_check_is_refused(make_dataset, rewrite, weights, tmp_path):
     root = make_dataset(tmp_path / "data")
     image, label = str(root / "imagesTr" / "case_00_0000.nii.gz"), str(root / "labelsTr" / "case_00.nii.gz")
-    icl = ICLInferer(str(weights), device="cpu")
+    icl = ICLInferer(str(weights), device="cpu", align="off")
     icl.set_context([image], [label])
     rewrite(label, lambda voxels: np.roll(voxels, 1, 0))
     with pytest.raises(VolumeError, match="replaced since it was checked"):

@@ -47,7 +47,7 @@ def test_a_network_that_copies_one_context_answers_in_place(cases):
             return context_out[:, 0]
 
     chosen = cases[:3]
-    predictor = ICLInferer(FirstLabel(), device="cpu")
+    predictor = ICLInferer(FirstLabel(), device="cpu", align="off")
     predictor.set_context([c["image"] for c in chosen], [c["label"] for c in chosen])
     answer = predictor.predict(cases[5]["image"])
     source = nib.load(cases[5]["image"])

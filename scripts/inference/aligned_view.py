@@ -96,10 +96,12 @@ class AlignedView:
         }
         return self
 
-    def shown(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """A context's image and label map as they lie on the region, each ``(h, w, d)``, for a picture."""
-        winners = winning_label(self._labels[number].float())[0]
-        return self._images[number][0].numpy(), torch.tensor([0, *self.values])[winners].numpy()
+    def shown(self, number: int) -> tuple[Tensor, Tensor]:
+        """A context's image and label map as they lie on the region, each ``(h, w, d)``; for generation its output."""
+        label = self._labels[number].float()
+        if self._generation:
+            return self._images[number][0], label[0]
+        return self._images[number][0], torch.tensor((0, *self.values))[winning_label(label)[0]]
 
     def parts(self, members: Members, of_window: WindowScores, overlap: float) -> Parts:
         """As :class:`~scripts.inference.views.View`; contexts that are not aligned with the region are left out."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from scripts.data.resampling import grid_axes
 from scripts.inference.aligned_view import AlignedView, EmptyView
 from scripts.inference.contexts import ContextSet, listing
 from scripts.inference.regions import LabelGroup, extreme_points, group_labels, overlap_of_boxes
-from scripts.inference.target import Target
+from scripts.inference.target import NOT_TO_BE_TRUSTED, Target
 from scripts.inference.tensor_cache import TensorCache
 from scripts.registration import align
 from scripts.registration.grids import canonical, resample
@@ -79,6 +80,16 @@ class _Known:
     voxel_mm: float
 
 
+@dataclass(frozen=True)
+class _Brought:
+    """How a context was brought to a whole scan: ``affine`` from the scan's world to its own, RAS in mm."""
+
+    affine: Tensor
+    similarity: float
+    aligned: bool
+    words: str
+
+
 class AlignedContexts:
     """The contexts of a set, brought to one target after the other.
 
@@ -110,6 +121,7 @@ class AlignedContexts:
         self._groups: dict[tuple[int, ...], list[LabelGroup]] = {}
         self._scattered_of: dict[tuple[int, ...], list[int]] = {}
         self._crops = TensorCache(budget_bytes)
+        self._lock = threading.Lock()
         self._read_record()
 
     # --- what is found once
@@ -120,6 +132,11 @@ class AlignedContexts:
         Args:
             values: labels that will be asked for.
         """
+        with self._lock:
+            if tuple(values) not in self._scattered_of:
+                self._describe(values)
+
+    def _describe(self, values: Sequence[int]) -> None:
         started, count = time.monotonic(), len(self.context)
         for number in tqdm(range(count), "looking at contexts", unit="pair", disable=count <= BATCH):
             self._know(number)
@@ -214,14 +231,15 @@ class AlignedContexts:
     def prepare(self, target: Target, values: Sequence[int], eligible: Mapping[int, Sequence[int]]) -> None:
         """Bring contexts to a target: its ``views``, the contexts ``aligned``, and its ``alignment``.
 
-        Where no context can be aligned, the target is shown as it is, and said not to be trusted.
+        Where no context can be aligned, the target is shown as it is, and said not to be trusted. Labels that lie
+        outside of the scan are background.
 
         Args:
             target: a target.
             values: labels.
             eligible: by label, numbers of the contexts that come into question.
         """
-        self.describe(values)
+        self.describe(values)  # whichever target comes first: what is known of the contexts is the same
         numbers = self._preselected(target, eligible)
         scattered = self._scattered(values)
         followed = [value for value in values if value not in scattered]
@@ -229,18 +247,25 @@ class AlignedContexts:
             target.show_as_it_is(scattered if numbers else values, self.context)
         if not (numbers and followed):
             return
-        scan = coarser(target.scan, COARSE_VOXELS).to(self.device)
-        starts, similarity = self._whole(scan, numbers)
-        best = max(similarity.values())
-        near = [number for number in numbers if similarity[number] >= best - REACH]
-        views, words = [], {}
+        whole = self._whole(coarser(target.scan, COARSE_VOXELS).to(self.device), numbers)
+        starts = {number: one.affine for number, one in whole.items()}
+        best = max(one.similarity for one in whole.values())
+        near = [number for number in numbers if whole[number].similarity >= best - REACH]
+        views, words, outside = [], {}, []
         for group in self.groups(followed):
-            view = self._view(target, group, {n: starts[n] for n in numbers}, near)
+            box = self._box(target.scan, group, starts, near)
+            if box is None:
+                outside.extend(group.values)
+                continue
+            view = self._view(target, group, box, starts)
             if view is not None:
                 views.append(view)
                 words |= view.words
                 for number, value in view.similarity.items():
                     target.aligned[number] = max(value, target.aligned.get(number, -1.0))
+        if len(outside) == len(followed):  # no region to compare in
+            target.aligned = {number: one.similarity for number, one in whole.items() if one.aligned}
+            words = {number: one.words for number, one in whole.items()}
         left_out = [number for number in numbers if number not in target.aligned]
         target.alignment = {
             "mode": self.mode,
@@ -253,13 +278,18 @@ class AlignedContexts:
             "as_it_is": scattered,
         }
         if not target.aligned:
-            target.warnings.append("no context could be aligned: the prediction is not to be trusted")
+            target.warnings.append(NOT_TO_BE_TRUSTED)
             target.show_as_it_is(followed, self.context)
             return
         if left_out:
             target.warnings.append(f"not aligned and left out: {listing(target.alignment['left_out'])}")
+        if outside:
+            target.warnings.append(f"outside of the scan and left empty: label {listing(list(map(str, outside)))}")
         served = {value for view in views for value in view.values}
         rest = [value for value in followed if value not in served]
+        if lost := [value for value in rest if value not in outside]:
+            which = listing(list(map(str, lost)))
+            target.warnings.append(f"no context aligned where it lies, left empty: label {which}")
         target.views += [*views, *([EmptyView(target.image, rest)] if rest else [])]
 
     def _preselected(self, target: Target, eligible: Mapping[int, Sequence[int]]) -> list[int]:
@@ -269,9 +299,8 @@ class AlignedContexts:
         ranked = {n for pool in eligible.values() for n in sorted(pool, key=lambda n: (-alike[n], n))[:most]}
         return sorted(ranked, key=lambda n: (-alike[n], n))
 
-    def _whole(self, scan: MetaTensor, numbers: Sequence[int]) -> tuple[dict[int, Tensor], dict[int, float]]:
-        """Affine transforms from a scan's world to those of contexts, and how alike they are after it."""
-        self._relate([number for number in numbers if number not in self._from_first])
+    def _whole(self, scan: MetaTensor, numbers: Sequence[int]) -> dict[int, _Brought]:
+        """Contexts brought to a whole scan by affine transforms."""
         related = [number for number in numbers if self._from_first[number] is not None]
         starts: dict[int, Tensor] = {}
         references = related[:REFERENCES]
@@ -281,21 +310,21 @@ class AlignedContexts:
             if bool(first.aligned[best]):  # else the others may still do
                 to_first = np.linalg.inv(self._from_first[references[best]]) @ first.affine[best].numpy()
                 starts = {number: torch.from_numpy(self._from_first[number] @ to_first) for number in related}
-        affines, similarity = {}, {}
+        brought = {}
         searched = [number for number in numbers if number not in starts]
         for part in [*_batches(list(starts)), *_batches(searched)]:
             near = torch.stack([starts[number] for number in part]) if part[0] in starts else None
             found = align(scan, [self._on_device(number) for number in part], "affine", start=near)
-            affines |= dict(zip(part, found.affine, strict=True))
-            similarity |= dict(zip(part, found.similarity.tolist(), strict=True))
-        return affines, similarity
+            for k, number in enumerate(part):
+                similar, aligned = float(found.similarity[k]), bool(found.aligned[k])
+                brought[number] = _Brought(found.affine[k], similar, aligned, found.describe(k))
+        return brought
+
 
     def _view(
-        self, target: Target, group: LabelGroup, starts: Mapping[int, Tensor], near: Sequence[int]
+        self, target: Target, group: LabelGroup, box: Sequence[tuple[int, int]], starts: Mapping[int, Tensor]
     ) -> AlignedView | None:
-        box = self._box(target.scan, group, starts, near)
-        if box is None:
-            return None
+        """A region with the contexts that align there; None if none does."""
         affine, shape = np.asarray(target.scan.affine, dtype=float), target.scan.shape[1:]
         _, counts = grid_axes(affine, shape, box, group.spacing_mm)
         plain = Preprocessing((1, 1, 1), group.spacing_mm).target(target.scan, box)
@@ -397,7 +426,7 @@ class AlignedContexts:
                 found = {
                     int(n): np.asarray(m, dtype=np.float64).reshape(4, 4) for n, m in content["transforms"].items()
                 }
-                self._from_first = {n: m for n, m in found.items() if np.isfinite(m).all() and n < len(self.context)}
+                self._from_first = {n: m for n, m in found.items() if np.isfinite(m).all() and np.linalg.det(m) > 0}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             self._from_first = {}  # damaged: found anew
 

@@ -82,7 +82,7 @@ def _shown_contexts(target: Target, context: ContextSet) -> tuple[list[str], lis
         number = context.names.index(name)
         if view is not None and number in view.similarity:
             titles.append(f"{name}, aligned ({view.similarity[number]:.2f})")
-            pairs.append(view.shown(number))
+            pairs.append(tuple(part.numpy() for part in view.shown(number)))
             continue
         both = torch.cat([part[0].double() for part in context.pairs([number])])
         low, high = generate_spatial_bounding_box(both)
@@ -108,7 +108,9 @@ def _warnings(target: Target, context: ContextSet) -> list[str]:
         names = listing([context.names[i] for i in kin])
         found.append(f"scans of the target's own subject were left out of its contexts: {names}")
     alone = [str(value) for value, names in target.used.items() if not names]
-    if alone:
+    if alone and target.aligned:
+        found.append(f"no context that aligned has label {', '.join(alone)}: left empty")
+    elif alone:
         found.append(f"no context but the target itself has label {', '.join(alone)}: left empty")
     grid = context.preprocessing.spatial_size
     if target.alignment is None and any(n > m for n, m in zip(target.image.shape[1:], grid, strict=True)):

@@ -22,7 +22,7 @@ from scripts.inference.contexts import ContextSet
 from scripts.inference.ensemble import AXES, AXIS_NAMES, draw_members, mirrored
 from scripts.inference.self_test import MAX_TESTED, dice_in_views, held_out, spread, summary, table
 from scripts.inference.similarity import ContextSimilarity
-from scripts.inference.target import Target
+from scripts.inference.target import NOT_TO_BE_TRUSTED, Target
 from scripts.inference.views import EVEN_SHARE, Members, mixed
 from scripts.inferer import ICLInferer, Volume
 
@@ -208,7 +208,7 @@ class ConfidentInferer(Inferer):
         grid = self.predictor.context.preprocessing.spatial_size
         similarity, unlike = self._similarity(ResizeWithPadOrCrop(grid)(target.image.as_tensor()))
         flags = [f"unlike every context in {' and '.join(unlike)}"] if unlike else []
-        flags += [] if target.trusted else ["no context could be aligned: the prediction is not to be trusted"]
+        flags += [] if target.trusted else [NOT_TO_BE_TRUSTED]
         flags += [
             f"label {value}: agreement {agreement[value]:.2f}, in the contexts at least {lowest:.2f}"
             for value, lowest in self._lowest_agreement.items()

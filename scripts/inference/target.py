@@ -18,6 +18,9 @@ OnLabel = Callable[[int, int, int], None]
 """Called with label, labels done and labels in all."""
 
 
+NOT_TO_BE_TRUSTED = "no context could be aligned: the prediction is not to be trusted"
+
+
 @dataclass(eq=False)
 class Target:
     """A scan, and what was found about it so far.

@@ -43,7 +43,7 @@ def test_the_split_parts_the_cases(shared_dir):
 
 
 def test_averaging_is_right_where_all_are_in_one_place_and_wrong_elsewhere(network):
-    inferer = ICLInferer(network, "cpu", spacing=1.0)
+    inferer = ICLInferer(network, "cpu", spacing=1.0, align="off")
     here, there = ball((8, 8, 8)), ball((4, 8, 12))
     _, together = case_scores(inferer, here, [here, ball((8, 8, 8), 5)])
     _, apart = case_scores(inferer, here, [there, there])

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench clean image image-test label-test deploy-test lock schema
+.PHONY: demo test lint configs bench clean image image-test label-test deploy-test lock schema
 
 demo: $(VENV)/.ready
 	$(RUN) -m scripts.demo --output_dir demo_output --overwrite true
@@ -16,6 +16,10 @@ lint: $(VENV)/.ready-dev
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/hadolint Dockerfile scripts/apps/monailabel/Dockerfile
 	$(VENV)/bin/shellcheck .ci/*
+
+# Stage 2's configuration from stage 1's and configs/stage2_changes.json; docs/training.md.
+configs: $(VENV)/.ready
+	$(RUN) -m scripts.runtime.stage_config
 
 # About 40 minutes on two cores that do nothing else; BENCH="--quick true" only shows that all of it runs.
 BENCH ?=

@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from monai.data import DataLoader
 from torch import Tensor
 
 from benchmarks.networks import probe
 from benchmarks.paired import BASELINE, Conditions, Side, benchmark, clock, compare
-from scripts.data import EpisodeDataset, GroupSampler, PreparedCases, collate_groups
+from scripts.data import EpisodeDataset, PreparedCases
 from scripts.data.nnunet import Case
 from scripts.data.preprocessing import LoadCase, Preprocessing
+from scripts.training.loader import GroupLoader
 
 HEAD = (160, 192, 160)
 """Voxels of a made subject."""
@@ -121,15 +121,9 @@ def fill_cache(dataset: EpisodeDataset) -> None:
             dataset.prepared.load(case)
 
 
-def load(dataset: EpisodeDataset, num_workers: int) -> DataLoader:
+def load(dataset: EpisodeDataset, num_workers: int) -> GroupLoader:
     """The loader of training."""
-    return DataLoader(
-        dataset,
-        batch_size=1,
-        sampler=GroupSampler(dataset),
-        num_workers=num_workers,
-        collate_fn=collate_groups,
-    )
+    return GroupLoader(dataset, num_workers=num_workers)
 
 
 @contextmanager

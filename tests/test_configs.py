@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow, verify_net_in_out
+from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
+from monai.bundle.reference_resolver import ReferenceResolver
 
 from scripts.checkpoint import network_options
 from scripts.losses import MaskImageLoss
 from scripts.networks import Neuroverse3D
 from scripts.runtime.options import OPTIONS
+from scripts.runtime.stage_config import CHANGES, STAGE1, STAGE2, changed_text
 
 CONFIGS = Path("configs")
 WORKFLOWS = ("train_stage1", "train_stage2", "inference", "evaluate")
@@ -20,11 +22,12 @@ def read(name):
     return json.loads((CONFIGS / f"{name}.json").read_text())
 
 
-def test_stage_two_changes_only_what_it_must():
-    first, second = read("train_stage1"), read("train_stage2")
-    assert list(first) == list(second)
-    changed = {key for key in first if first[key] != second[key]}
-    assert changed == {
+def test_stage_two_is_stage_one_with_the_changes_that_it_states():
+    assert STAGE2.read_text() == changed_text(STAGE1.read_text(), CHANGES.read_text()), "run `make configs`"
+    first, changes, second = read("train_stage1"), read("stage2_changes"), read("train_stage2")
+    assert list(first) == list(second) and second == ConfigParser.load_config_files([str(STAGE1), str(CHANGES)])
+    assert {key for key in first if first[key] != second[key]} == set(changes)
+    assert set(changes) == {
         "description",
         "stage",
         "init_checkpoint",
@@ -35,6 +38,34 @@ def test_stage_two_changes_only_what_it_must():
     }
     assert (second["epochs"], second["context_size"], second["learning_rate"]) == (100, [2, 9], 2e-6)
     assert (first["epochs"], first["context_size"], first["learning_rate"]) == (50, 3, 1e-5)
+
+
+@pytest.mark.parametrize("changes", ['{\n    "b": 1\n}', '{\n    "list": 1\n}', '{\n    "a": [\n        1\n    ]\n}'])
+def test_a_change_that_cannot_be_made_line_by_line_is_refused(changes):
+    with pytest.raises(ValueError, match="one line"):
+        changed_text('{\n    "a": 1,\n    "list": [\n        1\n    ]\n}', changes)
+
+
+def references_of(parser, name):
+    """Ids that an id's components and expressions refer to."""
+    config = parser.get(name)
+    return {found.partition("::")[0] for found in ReferenceResolver.find_refs_in_config(config, name)} - {name}
+
+
+@pytest.mark.parametrize("name", ["train_stage1", "train_stage2"])
+def test_a_stage_is_read_from_top_to_bottom(name):
+    parser = ConfigParser(read(name))
+    order = list(read(name))
+    later = {
+        (name, used)
+        for name in order
+        if name not in ("initialize", "run", "finalize")
+        for used in references_of(parser, name)
+        if order.index(used) > order.index(name)
+    }
+    assert later == {("train", "validate")}, "the trainer runs the validation; what else is used stands above"
+    within = ReferenceResolver.find_refs_in_config(parser.get("validate"), "validate")
+    assert {found for found in within if found.startswith("train")} == {"train::dataset", "train::inferer"}
 
 
 @pytest.mark.parametrize(
@@ -70,7 +101,7 @@ def test_published_recipe_is_the_default():
 
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_every_plain_value_at_the_top_is_an_explained_option(name):
-    internal = {"description", "bundle_root", "stage", "rank", "initialize", "run", "finalize", "imports"}
+    internal = {"description", "bundle_root", "stage", "initialize", "run", "finalize", "imports"}
     plain = {
         key
         for key, value in read(name).items()

@@ -204,12 +204,15 @@ def test_fine_tuning_from_their_weights(theirs, ours, data, tmp_path):
 
 
 def test_processes_share_the_groups_out(data, tmp_path, monkeypatch):
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("ignite.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("ignite.distributed.get_world_size", lambda: 4)
     parser = ConfigParser()
     parser.read_config(["configs/train_stage1.json", "configs/multi_gpu_train.json"])
     parser.update({"dataset_dir": str(data), "output_dir": str(tmp_path)} | SMALL | {"groups_per_epoch": 8})
-    assert list(parser.get_parsed_content("train#dataloader#sampler")) == [1, 5]
+    assert list(parser.get_parsed_content("train#dataloader").sampler) == [1, 5]
+    parser["val_groups"] = 6
+    parser.parse()
+    assert list(parser.get_parsed_content("validate#dataloader").sampler) == [1, 5], "none twice"
 
 
 def test_data_that_are_on_the_grid_already_are_not_resampled(make_dataset, tmp_path):

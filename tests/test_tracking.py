@@ -150,8 +150,11 @@ def test_wandb_is_off_by_default(data, tmp_path, monkeypatch):
 def test_only_the_first_process_reports(data, tmp_path, monkeypatch):
     wandb = StandIn()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    train(data, tmp_path, epochs=1, wandb=True, rank=1, finalize="$None")
+    monkeypatch.setattr("ignite.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("ignite.distributed.get_world_size", lambda: 2)
+    train(data, tmp_path, epochs=1, wandb=True, val_groups=2)
     assert wandb.logged == [] and wandb.config is None
+    assert not list(tmp_path.glob("stage1/*")), "nor do metrics.csv, TensorBoard and weights come from it"
 
 
 def test_a_missing_package_is_noticed_before_an_old_run_is_deleted(data, tmp_path, monkeypatch):

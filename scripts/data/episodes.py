@@ -76,9 +76,9 @@ class EpisodeDataset(Dataset):
     Nothing is augmented there.
 
     Args:
-        data: case dicts of this part (``image``, ``label``; ``dataset`` and ``classes`` where known). ``prepared``
-            is made from the same lists; this is where MONAI's apps put theirs.
-        prepared: the preprocessed cases of all parts.
+        data: case dicts of this part (``image``, ``label``; ``dataset`` and ``classes`` where known); MONAI's
+            apps put theirs here.
+        prepared: the preprocessed cases of all parts, to which these are added.
         part: ``train`` or ``val``.
         context_size: L, or (low, high) drawn once per epoch from the seed, the same on every rank.
         groups_per_epoch: number of groups in an epoch.
@@ -123,6 +123,7 @@ class EpisodeDataset(Dataset):
             raise ValueError(f"unpair_fraction needs two contexts at least, got context_size {context_size}")
         self.data = data
         self.prepared = prepared
+        prepared.add(part, data)
         self.part = part
         self.groups_per_epoch = int(groups_per_epoch)
         self.max_classes = int(max_classes)
@@ -189,6 +190,30 @@ class EpisodeDataset(Dataset):
         )
         dataset.prepare()
         return dataset
+
+    @classmethod
+    def for_validation(
+        cls, data: Sequence[Case], training: EpisodeDataset, context_size: int = 3, groups_per_epoch: int = 50
+    ) -> EpisodeDataset:
+        """Episodes of the kind that a training draws (rows, classes, grid, seed), whose targets are other cases.
+
+        Args:
+            data: case dicts of the targets.
+            training: the training's dataset; the contexts are cases of it.
+            context_size: L.
+            groups_per_epoch: number of episodes.
+        """
+        return cls(
+            data,
+            training.prepared,
+            "val",
+            context_size,
+            groups_per_epoch,
+            training.max_classes,
+            rows=training.rows,
+            cohorts=training.cohorts,
+            seed=training.seed,
+        )
 
     def __len__(self) -> int:
         """Groups in an epoch; group numbers go on beyond it."""

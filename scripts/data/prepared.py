@@ -32,24 +32,24 @@ class PreparedCases:
     read, and every entry holds a digest of its own, so that a damaged one is made again.
 
     Args:
-        parts: part name -> case dicts (lazy sequences are fine).
+        parts: part name -> case dicts (lazy sequences are fine); every :class:`EpisodeDataset` adds its own.
         spatial_size: the network's grid.
-        spacing: isotropic voxel size in mm; None fits each dataset's largest case into the grid.
         cache_dir: where the cache goes.
+        spacing: isotropic voxel size in mm; None fits each dataset's largest case into the grid.
         skip_bad_cases: leave faulty cases out instead of raising.
         num_workers: threads that read.
     """
 
     def __init__(
         self,
-        parts: dict[str, Sequence[Case]],
-        spatial_size: Sequence[int],
-        cache_dir: str,
+        parts: Mapping[str, Sequence[Case]] | None = None,
+        spatial_size: Sequence[int] = (128, 128, 128),
+        cache_dir: str = "cache",
         spacing: float | None = None,
         skip_bad_cases: bool = False,
         num_workers: int = 4,
     ) -> None:
-        self.sources = parts
+        self.sources: dict[str, Sequence[Case]] = dict(parts or {})
         self.spatial_size = tuple(spatial_size)
         self.spacing = spacing
         self.cache_dir = Path(cache_dir)
@@ -58,6 +58,12 @@ class PreparedCases:
         self.cases: dict[str, dict[str, list[Case]]] = {}  # part -> source -> cases
         self.spacing_mm: dict[str, float] = {}
         self._stores: dict[str, PersistentDataset] = {}
+
+    def add(self, part: str, cases: Sequence[Case]) -> None:
+        """Let these be the cases of a part; what was prepared without them is prepared anew."""
+        if self.sources.get(part) is not cases:
+            self.sources[part] = cases
+            self.cases = {}
 
     def prepare(self) -> None:
         """Check the files and fix each dataset's spacing; images are resampled later, when first drawn.

@@ -320,7 +320,6 @@ class AlignedContexts:
                 brought[number] = _Brought(found.affine[k], similar, aligned, found.describe(k))
         return brought
 
-
     def _view(
         self, target: Target, group: LabelGroup, box: Sequence[tuple[int, int]], starts: Mapping[int, Tensor]
     ) -> AlignedView | None:

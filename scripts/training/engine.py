@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from ignite.engine import Engine
 from ignite.exceptions import NotComputableError
-from ignite.metrics import Average
+from ignite.metrics import Average, Metric
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.inferers import SimpleInferer
@@ -86,29 +87,81 @@ def leave_out_ignored(group: Mapping[str, Any], pred: Tensor, label: Tensor) -> 
     return pred.masked_fill(ignored, 0), label.masked_fill(ignored, 0)
 
 
+class AverageWhereDefined(Average):
+    """Ignite's average over the iterations whose value is not None; without any there is no metric."""
+
+    def iteration_completed(self, engine: Engine) -> None:
+        """Take an iteration's value."""
+        if self._output_transform(engine.state.output) is not None:
+            super().iteration_completed(engine)
+
+    def completed(self, engine: Engine, name: str) -> None:
+        """Give the epoch's value."""
+        engine.state.metrics.pop(name, None)
+        with contextlib.suppress(NotComputableError):
+            super().completed(engine, name)
+
+
+def score_metrics(prefix: str, output_of: Callable[[Any], Mapping[str, Any]]) -> dict[str, Metric]:
+    """Averages over an epoch of what :func:`episode_scores` found.
+
+    Args:
+        prefix: of the metrics' names.
+        output_of: gives the dict with the scores, out of the engine's output.
+    """
+    return {
+        f"{prefix}_dice": AverageWhereDefined(lambda output: output_of(output)["dice"]),
+        f"{prefix}_psnr": AverageWhereDefined(lambda output: output_of(output)["psnr"]),
+    }
+
+
 class GroupTrainer(SupervisedTrainer):
     """Trainer whose iteration is one batch of groups: every member in turn is the target, one episode each.
 
     The optimiser steps after every ``accumulation_steps`` episodes, and after the last one of an epoch. A group's
     ``loss_weight`` multiplies its loss. Under float16 the gradients are scaled. The engine's output is a list of one
     dict, a form that MONAI's handlers and its experiment tracking read: the last member's tensors, and ``loss``
-    (weighted), ``dice`` and ``psnr`` averaged over the members.
+    (weighted), ``dice`` and ``psnr`` averaged over the members. The scores' averages over an epoch are the metrics
+    ``train_dice`` and ``train_psnr``.
 
     Args:
         args: as MONAI's trainer takes them.
+        mini_context_size: handed to the network.
         gin: intensity augmentation, called with ``(L+1, 1, H, W, D)`` images on the engine's device and a seed.
         fp16: scale the gradients, for a network that runs in float16.
+        key_train_metric: a metric by its name; without one there are no metrics.
         kwargs: as MONAI's trainer takes them.
+
+    Attributes:
+        metrics: all metrics by name.
+        files: closed when a run ends, in whichever way; handlers put what they write into here.
     """
 
     def __init__(
-        self, *args: Any, gin: Callable[[Tensor, int], Tensor] | None = None, fp16: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        mini_context_size: int = 3,
+        gin: Callable[[Tensor, int], Tensor] | None = None,
+        fp16: bool = False,
+        key_train_metric: Mapping[str, Metric] | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        scores = score_metrics("train", lambda output: output[0])
+        self.metrics = {**key_train_metric, **scores} if key_train_metric else {}
+        self.files = contextlib.ExitStack()
+        episodes = {"prepare_batch": prepare_episode, "to_kwargs": {"mini_context_size": mini_context_size}}
+        steps = {"optim_set_to_none": True, "decollate": False}
+        metrics = {"key_train_metric": key_train_metric, "additional_metrics": scores}
+        super().__init__(*args, **episodes | steps | metrics | kwargs)
         self.gin = gin
         # not `scaler`, which MONAI makes anew when it runs
         self.grad_scaler = torch.amp.GradScaler(torch.device(self.state.device).type) if fp16 else None
         self.steps_now = True
+
+    def run(self) -> None:
+        """Train."""
+        with self.files:
+            super().run()
 
     def _iteration(self, engine: SupervisedTrainer, batchdata: dict[str, Any]) -> list[dict[str, Any]]:
         if self.gin is not None and (batchdata["gin"] != NO_GIN).any():
@@ -174,28 +227,26 @@ class GroupTrainer(SupervisedTrainer):
 
 
 class EpisodeEvaluator(SupervisedEvaluator):
-    """Evaluator over episodes: its output also has ``dice`` and ``psnr``, as the trainer's."""
+    """Evaluator over episodes: its output also has ``dice`` and ``psnr``, as the trainer's.
+
+    Their averages are the metrics ``val_dice`` and ``val_psnr``. Of the key metric, a loss, less is better.
+
+    Args:
+        args: as MONAI's evaluator takes them.
+        mini_context_size: handed to the network.
+        kwargs: as MONAI's evaluator takes them.
+    """
+
+    def __init__(self, *args: Any, mini_context_size: int = 3, **kwargs: Any) -> None:
+        episodes = {"prepare_batch": prepare_episode, "to_kwargs": {"mini_context_size": mini_context_size}}
+        metrics = {"additional_metrics": score_metrics("val", lambda output: output), "metric_cmp_fn": operator.lt}
+        super().__init__(*args, **episodes | metrics | {"decollate": False} | kwargs)
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict[str, Any]:
         output = super()._iteration(engine, batchdata)
         output[Keys.PRED], output[Keys.LABEL] = leave_out_ignored(batchdata, output[Keys.PRED], output[Keys.LABEL])
         output |= episode_scores(output[Keys.PRED], output[Keys.LABEL], batchdata["generation"])
         return output
-
-
-class AverageWhereDefined(Average):
-    """Ignite's average over the iterations whose value is not None; without any there is no metric."""
-
-    def iteration_completed(self, engine: Engine) -> None:
-        """Take an iteration's value."""
-        if self._output_transform(engine.state.output) is not None:
-            super().iteration_completed(engine)
-
-    def completed(self, engine: Engine, name: str) -> None:
-        """Give the epoch's value."""
-        engine.state.metrics.pop(name, None)
-        with contextlib.suppress(NotComputableError):
-            super().completed(engine, name)
 
 
 class EpisodeInferer(SimpleInferer):

@@ -1,4 +1,4 @@
-"""Ignite handlers that MONAI does not have."""
+"""Ignite handlers that MONAI does not have. Of several processes the first one alone writes and reports."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from monai.engines.utils import IterationEvents
+from monai.handlers import TensorBoardStatsHandler, from_engine
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.tensorboard import SummaryWriter
 
@@ -93,9 +95,10 @@ class MetricsFile:
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer, after the validation handler."""
-        engine.add_event_handler(Events.STARTED, self.open)
-        engine.add_event_handler(Events.EPOCH_STARTED, self.note_time)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+        if idist.get_rank() == 0:
+            engine.add_event_handler(Events.STARTED, self.open)
+            engine.add_event_handler(Events.EPOCH_STARTED, self.note_time)
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def open(self, engine: Engine) -> None:
         """Write the header, or keep the rows up to the epoch that is resumed from."""
@@ -182,9 +185,10 @@ class WandbMetrics:
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer, after the validation handler."""
-        engine.add_event_handler(Events.STARTED, self.open)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-        engine.add_event_handler(Events.COMPLETED, self.close)
+        if idist.get_rank() == 0:
+            engine.add_event_handler(Events.STARTED, self.open)
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+            engine.add_event_handler(Events.COMPLETED, self.close)
 
     def open(self, engine: Engine) -> None:
         """Start a run."""
@@ -206,6 +210,34 @@ class WandbMetrics:
     def close(self, engine: Engine) -> None:
         """End the run; one that breaks off is marked so by wandb itself."""
         self._run.finish()
+
+
+class TensorBoard:
+    """TensorBoard files of a run: loss of every iteration, metrics of every epoch, pictures of validation.
+
+    Args:
+        folder: where they go.
+        evaluator: the validation engine, whose metrics and pictures go along with the trainer's metrics.
+        image_interval: epochs between pictures; 0 for none.
+    """
+
+    def __init__(self, folder: str | Path, evaluator: Engine, image_interval: int = 1) -> None:
+        self.folder = str(folder)
+        self.evaluator = evaluator
+        self.image_interval = image_interval
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a :class:`GroupTrainer`, after the validation handler."""
+        if idist.get_rank() == 0:
+            engine.add_event_handler(Events.STARTED, self.open)
+
+    def open(self, engine: Engine) -> None:
+        """Begin a file; the folder is not touched before the training starts."""
+        writer = engine.files.enter_context(SummaryWriter(self.folder))
+        loss = from_engine(["loss"], first=True)
+        TensorBoardStatsHandler(writer, tag_name="train_iteration_loss", output_transform=loss).attach(engine)
+        TensorBoardStatsHandler(writer, iteration_log=False).attach(self.evaluator)
+        EpisodePictures(writer, self.image_interval).attach(self.evaluator)
 
 
 class EpisodePictures:
@@ -254,6 +286,8 @@ class GroupProgress(ProgressBar):
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
+        if idist.get_rank() > 0:
+            return
         super().attach(
             engine,
             output_transform=lambda output: {

@@ -19,16 +19,22 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EarlyStopping
-from ignite.metrics import Metric
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
 
+<<<<<<< HEAD
 from scripts.checkpoint import CheckpointError, atomic_save, read_checkpoint
 from scripts.data import Collection, EpisodeDataset, PreparedCases
 from scripts.data.files import read_json
+=======
+from scripts.checkpoint import CheckpointError, atomic_save, load_weights, read_checkpoint
+from scripts.data import Collection, PreparedCases
+>>>>>>> configs
 from scripts.networks import Neuroverse3D
 from scripts.runtime.manifest import MANIFEST, write_manifest
 from scripts.runtime.output_folder import OutputFolder, write_json, write_text
 from scripts.runtime.termination import STATUS, StopRequest
+from scripts.training.engine import GroupTrainer
 from scripts.training.handlers import BestScore
 
 logger = logging.getLogger(__name__)
@@ -105,7 +111,7 @@ def release_folder(folder: str | os.PathLike) -> None:
     held.close()
 
 
-def clear_folder(folder: str) -> None:
+def clear_folder(folder: str | os.PathLike) -> None:
     """Delete what this program wrote of a run in a folder, and put on record what TensorBoard is to write.
 
     Raises:
@@ -145,13 +151,6 @@ def _adopt_earlier_version(path: Path, output: OutputFolder) -> None:
         output.adopt(*(path / name for name in _FILES), *path.glob(_EVENTS))
 
 
-def prepare_in_turn(*datasets: EpisodeDataset) -> None:
-    """Prepare datasets; of several processes the first goes ahead, so that each file is read and made once."""
-    with idist.one_rank_first():
-        for dataset in datasets:
-            dataset.prepare()
-
-
 def earlier_split(folder: str) -> str | None:
     """Split of the run in a folder, so that its test cases stay out of what follows; None if there is no run.
 
@@ -173,50 +172,46 @@ class TrainingRun:
     validation it ends after that.
 
     Args:
-        folder: the run's folder.
-        network: the network with its starting weights (a wrapper's ``module`` is looked through).
-        optimizer: its optimiser.
-        lr_scheduler: the plateau scheduler, stepped on validation.
-        trainer: training engine.
+        folder: the run's folder, claimed by :func:`claim_folder` before the training runs.
+        trainer: training engine, with the network (a wrapper's ``module`` is looked through) and the optimiser.
         evaluator: validation engine, run by the trainer; its ``val_loss`` decides which model is best.
-        fixed: options that a resumed run must share, by name (plain numbers and lists).
+        lr_scheduler: the plateau scheduler, stepped on validation.
         collection: where the split comes from; it is not written if the cases were given directly.
+        init_checkpoint: weights to start from; None for random ones.
+        resume: continue what is in the folder.
+        compile: have PyTorch compile the network's parts.
         early_stop_patience: stop after this many validations without gain; None never does.
-        resume: continue what is in the folder (claimed by :func:`claim_folder` before).
-        metrics: the trainer's metrics by name, whose sums a run that is stopped within an epoch keeps.
     """
 
     def __init__(
         self,
         folder: str,
-        network: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        lr_scheduler: ReduceLROnPlateau,
-        trainer: Engine,
+        trainer: GroupTrainer,
         evaluator: Engine,
-        fixed: Mapping[str, Any],
+        lr_scheduler: ReduceLROnPlateau,
         collection: Collection | None = None,
-        early_stop_patience: int | None = None,
+        init_checkpoint: str | None = None,
         resume: bool = False,
-        metrics: Mapping[str, Metric] | None = None,
+        compile: bool = False,
+        early_stop_patience: int | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self.network: Neuroverse3D = getattr(network, "module", network)
+        self.network: Neuroverse3D = getattr(trainer.network, "module", trainer.network)
         self.trainer = trainer
         self.evaluator = evaluator
-        self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.learning_rate = optimizer.param_groups[0]["lr"]
-        self.fixed = dict(fixed)
+        self.learning_rate = trainer.optimizer.param_groups[0]["lr"]
+        self.fixed = self._fixed()
         self.collection = collection
+        self.init_checkpoint = init_checkpoint
         self.resume = resume
-        self.metrics = dict(metrics or {})
+        self.compile = compile
         self.stopped = False
         self._request = StopRequest()
         self.best = BestScore()
         self.state = {
             "network": self.network,
-            "optimizer": optimizer,
+            "optimizer": trainer.optimizer,
             "lr_scheduler": lr_scheduler,
             "trainer": trainer,
             "best": self.best,
@@ -231,22 +226,48 @@ class TrainingRun:
             self.state["early_stopping"] = stop
 
     def run(self, config: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> None:
-        """Restore what is to be resumed, and train.
+        """Prepare the data, load the weights or what is to be resumed, and train.
 
         Args:
             config: the configuration as run, kept in ``config.json``.
             options: its options' values, with which ``manifest.json`` is written.
 
         Raises:
-            CheckpointError: what is there cannot be resumed with these options.
+            DatasetError: faulty or too few cases.
+            CheckpointError: the weights do not fit, or what is there cannot be resumed with these options.
         """
         try:
+            self._prepare()
             with self._request:
                 self._train(config, options)
         finally:
             release_folder(self.folder)
         if not self.stopped:
             logger.info("best validation loss %.4g; weights in %s", self.best.value, self.folder / BEST)
+
+    def _fixed(self) -> dict[str, Any]:
+        """Options that a resumed run must share, by name."""
+        loader: DataLoader = self.trainer.data_loader
+        return {
+            "seed": loader.dataset.seed,
+            "spatial_size": self.network.grid.tolist(),
+            "channels": list(self.network.channels),
+            "convs_per_block": self.network.convs_per_block,
+            "groups_per_epoch": loader.dataset.groups_per_epoch,
+            "batch_size": loader.batch_size,
+        }
+
+    def _prepare(self) -> None:
+        """Data and starting weights; only then an earlier run is deleted."""
+        with idist.one_rank_first():  # the first process reads and makes each file, the others find it
+            for engine in (self.trainer, self.evaluator):
+                engine.data_loader.dataset.prepare()
+        if self.init_checkpoint and not self.resume:
+            load_weights(self.network, self.init_checkpoint)
+        if idist.get_rank() == 0 and not self.resume:
+            clear_folder(self.folder)
+        if self.compile:
+            self.network.compile_parts()
 
     def _train(self, config: Mapping[str, Any], options: Mapping[str, Any] | None) -> None:
         if self.resume:
@@ -320,7 +341,7 @@ class TrainingRun:
         before = content["learning_rate"]
         if self.learning_rate != before:  # the schedule goes on from where it was, scaled
             logger.info("learning rate changed from %g to %g", before, self.learning_rate)
-            for group in self.optimizer.param_groups:
+            for group in self.trainer.optimizer.param_groups:
                 group["lr"] = group["lr"] * self.learning_rate / before if before else self.learning_rate
             self.lr_scheduler.min_lrs = [0.01 * self.learning_rate for _ in self.lr_scheduler.min_lrs]
         within = self.trainer.state.iteration % self.trainer.state.epoch_length
@@ -340,7 +361,7 @@ class TrainingRun:
         loader.sampler.skip(state.epoch + 1, steps * loader.batch_size)
 
         def restore_metrics() -> None:  # the start of an epoch resets them
-            for name, metric in self.metrics.items():
+            for name, metric in self.trainer.metrics.items():
                 metric.load_state_dict(done["metrics"][name])
 
         def restore_random_state() -> None:  # a new iterator over the data draws from it
@@ -367,7 +388,7 @@ class TrainingRun:
         done = {
             "groups": steps * engine.data_loader.batch_size * processes,
             "processes": processes,
-            "metrics": {name: metric.state_dict() for name, metric in self.metrics.items()},
+            "metrics": {name: metric.state_dict() for name, metric in self.trainer.metrics.items()},
         }
         self._write(within_epoch=done)
         self._stop(engine, f"in epoch {engine.state.epoch} after {steps} of {engine.state.epoch_length} steps")

@@ -271,7 +271,7 @@ class AlignedContexts:
             "mode": self.mode,
             "contexts": {
                 self.context.names[n]: {"similarity": round(target.aligned[n], 3), "transform": words[n]}
-                for n in target.aligned
+                for n in sorted(target.aligned)
             },
             "left_out": [self.context.names[n] for n in left_out],
             "regions": [view.facts for view in views],

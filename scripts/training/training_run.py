@@ -22,14 +22,9 @@ from ignite.handlers import EarlyStopping
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-<<<<<<< HEAD
-from scripts.checkpoint import CheckpointError, atomic_save, read_checkpoint
-from scripts.data import Collection, EpisodeDataset, PreparedCases
-from scripts.data.files import read_json
-=======
 from scripts.checkpoint import CheckpointError, atomic_save, load_weights, read_checkpoint
 from scripts.data import Collection, PreparedCases
->>>>>>> configs
+from scripts.data.files import read_json
 from scripts.networks import Neuroverse3D
 from scripts.runtime.manifest import MANIFEST, write_manifest
 from scripts.runtime.output_folder import OutputFolder, write_json, write_text

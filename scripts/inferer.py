@@ -273,6 +273,8 @@ class ICLInferer(Inferer):
         started = time.monotonic()
         self.prepare_views(target)
         members = self.members_of(target)
+        if self.context.chooses:
+            self._log_choice(target, members)
         target.used = {value: [self.context.names[i] for i in chosen] for value, chosen in members.items()}
         aligned = time.monotonic()
         target.scores = [mixed(part, self.share) for part in self.parts(target, network, members)]
@@ -300,17 +302,26 @@ class ICLInferer(Inferer):
             target: with its views.
             among: numbers of the contexts that may be used; None for all.
         """
-        context, eligible = self.context, self._eligible(target)
-        similarity = None
+        eligible, similarity = self._eligible(target), self._similarity(target)
         if target.aligned:  # where none is, the target is shown beside contexts as they are
             eligible = {value: [i for i in pool if i in target.aligned] for value, pool in eligible.items()}
-            similarity = torch.tensor([target.aligned.get(i, -1.0) for i in range(len(context))])
-        elif context.chooses:
-            similarity = context.similarity(target.image)
         members = {}
         for value, pool in eligible.items():
-            members[value] = context.choose([i for i in pool if among is None or i in among], similarity)
+            members[value] = self.context.choose([i for i in pool if among is None or i in among], similarity)
         return members
+
+    def _similarity(self, target: Target) -> Tensor | None:
+        """Of every context to a target, after alignment where contexts aligned; None where all serve as they are."""
+        if target.aligned:
+            return torch.tensor([target.aligned.get(number, -1.0) for number in range(len(self.context))])
+        return self.context.similarity(target.image) if self.context.chooses else None
+
+    def _log_choice(self, target: Target, members: Members) -> None:
+        similarity = self._similarity(target)
+        for chosen in dict.fromkeys(map(tuple, members.values())):
+            served = ", ".join(str(value) for value, numbers in members.items() if tuple(numbers) == chosen)
+            shown = ", ".join(f"{self.context.names[i]} ({similarity[i]:.2f})" for i in chosen)
+            logger.info("most similar contexts for label %s: %s", served, shown)
 
     def parts(self, target: Target, network: torch.nn.Module, members: Members) -> list[Parts]:
         """What network and contexts say in each view of a target, on the CPU.
@@ -387,7 +398,7 @@ def as_volume(source: Volume, exact: bool = False) -> MetaTensor:
         volume = (load_exact if exact else load_volume)(source)
     else:
         array, affine = source if isinstance(source, tuple) else (source, getattr(source, "affine", np.eye(4)))
-        voxels = torch.as_tensor(array if isinstance(array, Tensor) else np.asarray(array))
+        voxels = torch.as_tensor(array if isinstance(array, Tensor) else np.ascontiguousarray(array))
         voxels = voxels.as_tensor() if isinstance(voxels, MetaTensor) else voxels
         voxels = voxels[None] if voxels.ndim != 4 else voxels
         voxels = voxels if exact else voxels.float()

@@ -18,8 +18,8 @@ from scripts.apps.deploy.model_folder import make_predictor
 from scripts.networks import Neuroverse3D
 from scripts.prepare_data import prepare_data
 from scripts.reproduce import reproduce
-from scripts.runtime.output_folder import write_csv
 from scripts.runtime.manifest import MANIFEST
+from scripts.runtime.output_folder import write_csv
 from scripts.runtime.workflow import give, run_given, start_workflow
 from tests.workflows import SMALL, run_workflow
 

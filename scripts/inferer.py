@@ -417,7 +417,7 @@ def as_volume(source: Volume, exact: bool = False) -> MetaTensor:
         volume = (load_exact if exact else load_volume)(source)
     else:
         array, affine = source if isinstance(source, tuple) else (source, getattr(source, "affine", np.eye(4)))
-        voxels = torch.as_tensor(array if isinstance(array, Tensor) else np.asarray(array))
+        voxels = torch.as_tensor(array if isinstance(array, Tensor) else np.ascontiguousarray(array))
         voxels = voxels.as_tensor() if isinstance(voxels, MetaTensor) else voxels
         voxels = voxels[None] if voxels.ndim != 4 else voxels
         voxels = voxels if exact else voxels.float()

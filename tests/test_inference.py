@@ -128,6 +128,7 @@ def test_properties_may_be_checked_before_the_run(data, weights, tmp_path):
         checkpoint=str(weights),
         overlays=False,
         device="cpu",
+        align="off",
     )
     workflow.initialize()
     assert workflow.check_properties() == []

@@ -41,7 +41,7 @@ def test_the_scans_header_is_taken_over(tmp_path):
     volume = load_volume(tmp_path / "scan.nii.gz")
     (tmp_path / "out").mkdir()
     save(MetaTensor(volume.as_tensor().to(torch.uint8), affine=volume.affine, meta=volume.meta), tmp_path / "out")
-    (path,) = (tmp_path / "out").iterdir()
+    (path,) = (tmp_path / "out").glob("*.nii.gz")
     read, source = nib.load(path), nib.load(tmp_path / "scan.nii.gz")
     assert np.array_equal(read.get_sform(), source.get_sform()) and np.array_equal(read.get_qform(), source.get_qform())
     assert (int(read.header["sform_code"]), int(read.header["qform_code"])) == (4, 2)

@@ -188,7 +188,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(infer, tmp_path, mon
 
 def test_an_interruption_stops_the_run_and_keeps_what_is_done(infer, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        failing(patch, "__call__", NAMES[3], KeyboardInterrupt())
+        failing(patch, "look", NAMES[3], KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             infer()
     found = report(tmp_path / "out")
@@ -331,6 +331,7 @@ def torchrun(contexts, scans, weights, out, **popen):
         "checkpoint": weights,
         "output_dir": out,
         "overlays": "false",
+        "align": "off",
     }
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]

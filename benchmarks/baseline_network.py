@@ -130,7 +130,7 @@ class ContextUNet(nn.Module):
 
 
 class TargetDecoder(nn.Module):
-    """The answer from the target's maps and the mean context features."""
+    """The prediction from the target's maps and the mean context features."""
 
     def __init__(self, out_channels: int, channels: Sequence[int], convs: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What bfloat16 does to the answers: the demo's cases segmented with `--amp true` and with `--amp false`.
+"""What bfloat16 does to the predictions: the demo's cases segmented with `--amp true` and with `--amp false`.
 
     python -m benchmarks.bfloat16_dice [--demo_dir demo_output]
 
@@ -54,12 +54,12 @@ def _dice(folder: Path, results: Path, amp: str, device: str) -> list[float]:
     dataset = shlex.quote(str(next((folder / "data").glob("Dataset*"))))
     run_bundle(
         "inference",
-        f"--dataset_dir {dataset} --context_dir {dataset} {GRID} --overlays false --output_dir {results}/answers "
+        f"--dataset_dir {dataset} --context_dir {dataset} {GRID} --overlays false --output_dir {results}/predictions "
         f"--amp {amp} --device {device}",
     )
     run_bundle(
         "evaluate",
-        f"--prediction_dir {results}/answers --reference_dir {dataset}/labelsTr --output_dir {results}/scores",
+        f"--prediction_dir {results}/predictions --reference_dir {dataset}/labelsTr --output_dir {results}/scores",
     )
     with (results / "scores" / "metrics.csv").open(encoding="utf-8", newline="") as file:
         return [float(row["dice"]) for row in csv.DictReader(file)]

@@ -1,4 +1,4 @@
-"""Does the network read its contexts: what happens to the answer when they say something else.
+"""Does the network read its contexts: what happens to the prediction when they say something else.
 
     python -m benchmarks.context_reading --dataset_dir DATA/Dataset004_Hippocampus --checkpoint WEIGHTS.pt \
         [--part development --context_size 4 --cases 12]
@@ -89,7 +89,7 @@ def readings(network: Neuroverse3D, images: Tensor, labels: Tensor) -> dict[str,
     for number, mask in enumerate(masks.values()):
         shown, wanted = mask[1:], mask[:1]
         other = masks[values[(number + 1) % len(values)]][1:]
-        answers = {
+        predictions = {
             name: _mask(network, images, context_labels)
             for name, context_labels in {
                 "shown": shown,
@@ -98,9 +98,11 @@ def readings(network: Neuroverse3D, images: Tensor, labels: Tensor) -> dict[str,
                 "empty": torch.zeros_like(shown),
             }.items()
         }
-        for name, answer in answers.items():
+        for name, prediction in predictions.items():
             found[name].append(
-                answer.mean().item() if name == "empty" else compute_dice(answer, wanted, ignore_empty=False).item()
+                prediction.mean().item()
+                if name == "empty"
+                else compute_dice(prediction, wanted, ignore_empty=False).item()
             )
     return {name: float(np.mean(scores)) for name, scores in found.items()}
 

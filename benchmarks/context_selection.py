@@ -102,8 +102,8 @@ def _turned(case: Case, folder: Path) -> Case:
 
 def _dice(prediction: MetaTensor, case: Case, values: Sequence[int]) -> list[float]:
     masks = (prediction.as_tensor(), load_volume(case["label"]).as_tensor())
-    answer, truth = (torch.stack([mask[0] == value for value in values])[None] for mask in masks)
-    return compute_dice(answer, truth)[0].tolist()
+    prediction, truth = (torch.stack([mask[0] == value for value in values])[None] for mask in masks)
+    return compute_dice(prediction, truth)[0].tolist()
 
 
 if __name__ == "__main__":

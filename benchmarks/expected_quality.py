@@ -93,9 +93,9 @@ def expected_quality(
             voxels, label = degradation(voxels, label, rng.random(), rng)
             image = MetaTensor(np.ascontiguousarray(voxels, np.float32)[None], affine=image.affine)
         target = predictor.complete(inferer.target(image))
-        answer = target.prediction[0].numpy()
+        prediction = target.prediction[0].numpy()
         for value in inferer.label_values:
-            real = segmentation_metrics(answer == value, label == value, np.asarray(image.affine))["dice"]
+            real = segmentation_metrics(prediction == value, label == value, np.asarray(image.affine))["dice"]
             if np.isfinite(real):  # cut off, and nothing found
                 rows.append(_row(case, kind, value, real, target.confidence))
         done.add((case, kind))

@@ -53,12 +53,12 @@ def late_unpairing(
             run_bundle(
                 "inference",
                 f"--dataset_dir {data} --context_dir {data} --split_file {out}/stage1/splits.json --overlays false "
-                f"--checkpoint {out}/stage1/model.pt --context_size {context_size} --output_dir {out}/answers "
+                f"--checkpoint {out}/stage1/model.pt --context_size {context_size} --output_dir {out}/predictions "
                 "--overwrite true",
             )
             run_bundle(
                 "evaluate",
-                f"--prediction_dir {out}/answers --reference_dir {data}/labelsTr --output_dir {out}/scores "
+                f"--prediction_dir {out}/predictions --reference_dir {data}/labelsTr --output_dir {out}/scores "
                 "--overwrite true",
             )
             write_text(settings, made_with)

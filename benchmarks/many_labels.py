@@ -99,10 +99,10 @@ def _loop(
     scores = []
     for scan in scans:
         target = preprocessing.image(scan)[None].to(device)
-        answers = [
+        predictions = [
             network(target, context_in, (numbers == value).float(), mini_context_size) for value in range(1, labels + 1)
         ]
-        scores.append(torch.cat(answers, dim=1))
+        scores.append(torch.cat(predictions, dim=1))
     return scores
 
 

@@ -94,9 +94,9 @@ def _rows(
             response = client.post(f"/infer/{MODEL}", params={"image": case, "output": "image"}, data={"params": "{}"})
             response.raise_for_status()
             seconds.append(time.perf_counter() - started)
-            answer = place / "answer.nii.gz"
-            answer.write_bytes(response.content)
-            dice.append(_dice(load_volume(answer), load_volume(_label(folder, case))))
+            prediction = place / "prediction.nii.gz"
+            prediction.write_bytes(response.content)
+            dice.append(_dice(load_volume(prediction), load_volume(_label(folder, case))))
         cold, warm = seconds[0], statistics.median(seconds[1:])
         row = {
             "annotations": count,
@@ -154,10 +154,10 @@ def _label(folder: Path, case: str) -> Path:
     return folder / "labelsTr" / f"{case}.nii.gz"
 
 
-def _dice(answer: Tensor, truth: Tensor) -> list[float]:
+def _dice(prediction: Tensor, truth: Tensor) -> list[float]:
     """Of each label of the reference."""
     values = [int(value) for value in truth.unique() if value > 0]
-    masks = (stack([mask[0] == value for value in values])[None] for mask in (answer, truth))
+    masks = (stack([mask[0] == value for value in values])[None] for mask in (prediction, truth))
     return compute_dice(*masks)[0].tolist()
 
 

@@ -147,8 +147,8 @@ def _masks(label: MetaTensor) -> MetaTensor:
 def _dice(target: Pair, images: torch.Tensor, masks: torch.Tensor, kind: str, aligned: torch.Tensor | None) -> float:
     image = target[0].as_tensor().float()
     share = vote(vote_weights(image, images.float(), kind, aligned), masks.float())
-    answer = torch.where(share.sum(0, keepdim=True) > 0.5, share.argmax(0, keepdim=True) + 1, 0)
-    return mean_dice(MetaTensor(answer), target[1], LABELS)
+    prediction = torch.where(share.sum(0, keepdim=True) > 0.5, share.argmax(0, keepdim=True) + 1, 0)
+    return mean_dice(MetaTensor(prediction), target[1], LABELS)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
         [--part development --context_size 4 --cases 12]
 
 On the cases of ``benchmarks.unseen_dataset`` and the network's grid. Target and contexts are corrupted by the
-training's own transforms, with one severity for each episode, and the contexts' clean images are their answers.
+training's own transforms, with one severity for each episode, and the contexts' clean images are their outputs.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def restoration(
             corrupted = torch.stack([task(image, None, setting, rng)[0] for image in clean])
             with torch.inference_mode():
                 pair = corrupted[None, 1:].to(device), clean[None, 1:].to(device)
-                answer = network(corrupted[:1].to(device), *pair).clamp(0, 1).cpu()
-            values.append([psnr(image, clean[:1]).item() for image in (corrupted[:1], answer)])
+                prediction = network(corrupted[:1].to(device), *pair).clamp(0, 1).cpu()
+            values.append([psnr(image, clean[:1]).item() for image in (corrupted[:1], prediction)])
     for name, values in found.items():
         before, after = np.array(values).T
         gain, low, high = interval(after - before)

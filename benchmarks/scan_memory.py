@@ -1,4 +1,4 @@
-"""Peak memory of bringing a large scan to the grid and its answer back.
+"""Peak memory of bringing a large scan to the grid and its prediction back.
 
     python -m benchmarks.scan_memory [--shape "[512,512,400]" --labels 2 --spatial_size 128]
 
@@ -24,7 +24,7 @@ from scripts.runtime.commandline import main
 
 
 class Intensities(torch.nn.Module):
-    """In place of a network: answers the target's intensities."""
+    """In place of a network: predicts the target's intensities."""
 
     def __init__(self, spatial_size: int) -> None:
         super().__init__()
@@ -61,19 +61,19 @@ def scan_memory(shape: Sequence[int] = (512, 512, 400), labels: int = 2, spatial
         score[region] = target.image.as_tensor()[0][region].sqrt()
     inferer.prepare_views(target)
     target.scores = [scores]
-    answer = inferer.to_native(target).prediction
+    prediction = inferer.to_native(target).prediction
     print(
         json.dumps(
             {
                 "shape": list(shape),
                 "labels": labels,
                 "scan_mib": round(voxels.nbytes / 2**20, 1),
-                "answer_mib": round(answer.numel() / 2**20, 1),
+                "prediction_mib": round(prediction.numel() / 2**20, 1),
                 "peak_mib": round(_peak_mib(), 1),
                 "beyond_libraries_and_scan_mib": round(_peak_mib() - before, 1),
                 "seconds_to_grid": round(there - started, 2),
                 "seconds_back": round(time.perf_counter() - there, 2),
-                "foreground": round(float((answer > 0).float().mean()), 3),
+                "foreground": round(float((prediction > 0).float().mean()), 3),
                 "device": "cpu",
             }
         )

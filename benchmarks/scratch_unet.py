@@ -64,25 +64,27 @@ def scratch_unet(
     inferer = ICLInferer(network, device, spacing=unseen.spacing(network.grid.tolist()))
     inferer.set_context([image for image, _ in contexts], [label for _, label in contexts])
     seconds = {}
-    answers = {"in-context": []}
+    predictions = {"in-context": []}
     for target, _ in tqdm(episodes, "in-context"):
-        answers["in-context"].append(inferer.predict(target[0]))
+        predictions["in-context"].append(inferer.predict(target[0]))
         seconds.setdefault("in-context", time.monotonic() - started)
     values = inferer.label_values
     started = time.monotonic()
     images, labels = inferer.context.pairs()
     classes = sum(number * (labels == value) for number, value in enumerate(values, start=1))
     unet = train_unet(images, classes, len(values), 60 * minutes, learning_rate, device)
-    answers["U-Net"] = []
+    predictions["U-Net"] = []
     for target, _ in tqdm(episodes, "U-Net"):
         on_grid = inferer.context.preprocessing.target(target[0])
         with torch.inference_mode():
             scores = unet(on_grid[None].as_tensor().to(device)).softmax(1)[0, 1:].cpu()
         placed = {value: PlacedScores(score, on_grid) for value, score in zip(values, scores, strict=True)}
-        answers["U-Net"].append(inferer.context.preprocessing.to_native_labels(placed))
+        predictions["U-Net"].append(inferer.context.preprocessing.to_native_labels(placed))
         seconds.setdefault("U-Net", time.monotonic() - started)
-    for name, found in answers.items():
-        dice = [mean_dice(answer, target[1], values) for answer, (target, _) in zip(found, episodes, strict=True)]
+    for name, found in predictions.items():
+        dice = [
+            mean_dice(prediction, target[1], values) for prediction, (target, _) in zip(found, episodes, strict=True)
+        ]
         mean, low, high = interval(dice)
         print(
             f"{name:10s} K={context_size} Dice {mean:.3f} [{low:.3f}, {high:.3f}]  {len(dice)} cases  "

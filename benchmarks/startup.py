@@ -70,7 +70,7 @@ def startup(conditions: Conditions) -> Iterator[dict[str, Any]]:
         commands = {
             BASELINE: f"--config_file {folder}/stock.json --image {data}/imagesTr/case_0_0000.nii.gz",
             "ours": f"--config_file configs/inference.json --dataset_dir {data} --context_dir {data} --checkpoint "
-            f"{folder}/model.pt --output_dir {folder}/answers --overwrite true",
+            f"{folder}/model.pt --output_dir {folder}/predictions --overwrite true",
         }
         sides = {
             name: Side("startup:until_first_call", {"options": f"{options} --device {conditions.device}"})

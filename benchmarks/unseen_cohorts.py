@@ -91,8 +91,8 @@ def label_scores(network: Neuroverse3D, images: torch.Tensor, masks: torch.Tenso
     for mask in masks.to(device):
         shown, wanted = mask[1 : size + 1], mask[:1]
         with torch.inference_mode():
-            answer = network(target, contexts, shown[None])
-        found.append([_dice(scores, wanted) for scores in (answer, shown.mean(0, keepdim=True))])
+            prediction = network(target, contexts, shown[None])
+        found.append([_dice(scores, wanted) for scores in (prediction, shown.mean(0, keepdim=True))])
     return np.array(found)
 
 

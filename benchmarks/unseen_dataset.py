@@ -196,9 +196,12 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, float(found.low), float(found.high)
 
 
-def mean_dice(answer: Tensor, wanted: Tensor, values: Sequence[int]) -> float:
+def mean_dice(prediction: Tensor, wanted: Tensor, values: Sequence[int]) -> float:
     """Mean Dice of some labels in a label map (1, H, W, D)."""
-    masks = [(answer.as_tensor() == value)[None] for value in values], [(wanted.as_tensor() == v)[None] for v in values]
+    masks = (
+        [(prediction.as_tensor() == value)[None] for value in values],
+        [(wanted.as_tensor() == v)[None] for v in values],
+    )
     dice = [compute_dice(a, b, ignore_empty=False).item() for a, b in zip(*masks, strict=True)]
     return float(np.mean(dice))
 

@@ -34,7 +34,7 @@ from scripts.data.volumes import (
     volume_digest,
     volume_fault,
 )
-from scripts.inference.alignment import MODES, AlignedContexts
+from scripts.inference.aligned_contexts import MODES, AlignedContexts
 from scripts.inference.context_source import gather_contexts
 from scripts.inference.contexts import ContextSet
 from scripts.inference.network_passes import Passes

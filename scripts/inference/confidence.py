@@ -18,10 +18,10 @@ from monai.transforms import ResizeWithPadOrCrop
 from torch import Tensor, nn
 
 from scripts.data.label_decision import score_to_beat, winning_label
+from scripts.inference.context_similarity import ContextSimilarity
 from scripts.inference.contexts import ContextSet
 from scripts.inference.ensemble import AXES, AXIS_NAMES, draw_members, mirrored
 from scripts.inference.self_test import MAX_TESTED, dice_in_views, held_out, spread, summary, table
-from scripts.inference.similarity import ContextSimilarity
 from scripts.inference.target import NOT_TO_BE_TRUSTED, Target
 from scripts.inference.views import EVEN_SHARE, Members, mixed
 from scripts.inferer import ICLInferer, Volume
@@ -92,7 +92,8 @@ class ConfidentInferer(Inferer):
     - **expected Dice**, by label, after a self-test in which the contexts, each predicted from the others, had a mean
       Dice and a mean agreement: mean Dice · (agreement / mean agreement)^1.75, at most 1.
     - **similarity** to the nearest context, and **flags** in words: unlike every context
-      (:class:`~scripts.inference.similarity.ContextSimilarity`), in less agreement than any context, or not aligned.
+      (:class:`~scripts.inference.context_similarity.ContextSimilarity`), in less agreement than any context, or not
+      aligned.
 
     The self-test also chooses the network's share in the scores of aligned views (:data:`SHARES`).
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from monai.transforms import GaussianSmooth
 
-from scripts.inference.similarity import ContextSimilarity
+from scripts.inference.context_similarity import ContextSimilarity
 
 
 def scan(seed):

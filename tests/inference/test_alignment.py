@@ -152,12 +152,12 @@ def test_labels_far_apart_get_regions_of_their_own(second, regions):
 def test_labels_outside_of_the_scan_are_background():
     places = {1: (0, 0, -7), 2: (0, 0, 10)}
     pairs = [subject(seed, degrees=2, shift=1, places=places) for seed in range(3)]
-    image, label = (part[..., :16] for part in subject(10, degrees=2, shift=1, places=places))
-    target = predicted(predictor(pairs), image)
-    assert "outside of the scan and left empty: label 2" in target.warnings
-    assert dice(target.prediction, label)[0] > 0.75 and target.prediction.max() == 1
-    only = predicted(predictor(pairs, labels=[2]), image)
-    assert not only.prediction.any() and only.trusted and only.aligned
+    image, label = (part[..., :12] for part in subject(10, degrees=2, shift=1, places=places))
+    both = predicted(predictor(pairs), image)
+    assert dice(both.prediction, label)[0] > 0.75 and both.prediction.max() == 1
+    alone = predicted(predictor(pairs, labels=[2]), image)
+    assert not alone.prediction.any() and alone.trusted and len(alone.aligned) == 3
+    assert alone.warnings == ["outside of the scan and left empty: label 2"]
 
 
 def test_a_target_has_the_same_prediction_every_time_and_in_threads(near):
@@ -179,29 +179,33 @@ def test_contexts_are_known_before_a_target_whichever_it_is(near):
     assert torch.equal(fresh.predict(subject(10)[0]), near.predict(subject(10)[0]))
 
 
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    """The record of two contexts."""
+    path = tmp_path_factory.mktemp("record") / ".alignment.json"
+    predictor([subject(seed) for seed in range(2)], alignment_record=path).aligned.describe([1])
+    return path.read_text()
+
+
 @pytest.mark.parametrize("damage", [None, "{", "[]", {"1": [[0.0] * 4] * 4}, {"1": [["nan"] * 4] * 4}])
-def test_transforms_between_contexts_are_remembered(tmp_path, monkeypatch, damage):
-    pairs, record = [subject(seed) for seed in range(2)], tmp_path / ".alignment.json"
-    predictor(pairs, alignment_record=record).aligned.describe([1])
-    kept = json.loads(record.read_text())
+def test_transforms_between_contexts_are_remembered(record, tmp_path, monkeypatch, damage):
+    path, kept, found = tmp_path / ".alignment.json", json.loads(record), []
     assert set(kept["transforms"]) == {"0", "1"}
-    if isinstance(damage, dict):
-        record.write_text(json.dumps({**kept, "transforms": damage}))
-    elif damage is not None:
-        record.write_text(damage)
-    searched = []
+    path.write_text(json.dumps({**kept, "transforms": damage}) if isinstance(damage, dict) else damage or record)
     plain = alignment.align
+    monkeypatch.setattr(alignment, "align", lambda *args: (found.append(args), plain(*args))[1])
+    predictor([subject(seed) for seed in range(2)], alignment_record=path).aligned.describe([1])
+    assert len(found) == (damage is not None)
+    assert json.loads(path.read_text()) == kept
 
-    def counting(*args, **kwargs):
-        searched.append(args)
-        return plain(*args, **kwargs)
 
-    monkeypatch.setattr(alignment, "align", counting)
-    predictor(pairs, alignment_record=record).aligned.describe([1])
-    assert len(searched) == (damage is not None)
-    assert json.loads(record.read_text()) == kept
-    predictor([pairs[0], subject(7)], alignment_record=record).aligned.describe([1])  # other contexts
-    assert len(searched) == (damage is not None) + 1
+def test_a_record_of_other_contexts_is_not_used(record, tmp_path):
+    (tmp_path / ".alignment.json").write_text(record)
+    inferer = predictor([subject(0), subject(7)], alignment_record=tmp_path / ".alignment.json")
+    inferer.aligned.describe([1])
+    kept = json.loads((tmp_path / ".alignment.json").read_text())
+    assert kept["contexts"] != json.loads(record)["contexts"]
+    assert kept["transforms"]["1"] != json.loads(record)["transforms"]["1"]
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.0])

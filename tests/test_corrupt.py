@@ -24,6 +24,7 @@ from scripts.data.synthesis.cohort import synthesize_cohort
 from scripts.data.tasks import TASKS
 from scripts.networks import Neuroverse3D
 from scripts.runtime.atomic_files import put_folder_in_place
+from scripts.runtime.output_folder import STATE
 
 CORRUPTIONS = [name for name, task in TASKS.items() if task.reads == "image"]
 OBLIQUE = np.array([[1.2, 0.1, 0, -20], [-0.1, 1.1, 0.2, 5], [0, -0.2, 1.5, 7], [0, 0, 0, 1]])
@@ -56,7 +57,7 @@ def same(first, second):
 
 
 def tree(folder):
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if STATE not in p.parts)
 
 
 def description(out):

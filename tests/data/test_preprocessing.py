@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from monai.data import MetaTensor
 
 from scripts.data import Preprocessing, preprocessing, resampling
-from scripts.data.preprocessing import LoadCase, fit_spacing
+from scripts.data.preprocessing import LoadCase, PlacedScores, fit_spacing
 from scripts.data.volumes import VolumeError, load_volume
 
 ORIENTATIONS = [
@@ -234,7 +234,8 @@ def test_a_target_serves_many_times():
     process = Preprocessing((16, 16, 16), 1.3)
     target = process.target(volume(noise((12, 10, 9))))
     scores = torch.rand(2, *target.shape[1:])
-    first, labels = process.to_native(scores, target), process.to_native_labels(scores, target, [1, 300], 0.5)
+    placed = {value: PlacedScores(part, target) for value, part in zip((1, 300), scores, strict=True)}
+    first, labels = process.to_native(scores, target), process.to_native_labels(placed)
     assert torch.equal(first.as_tensor(), process.to_native(scores, target).as_tensor())
     assert labels.dtype == torch.int16 and set(labels.unique().tolist()) == {0, 1, 300}
 
@@ -243,11 +244,12 @@ def test_slabs_make_no_difference(monkeypatch):
     process, scan = Preprocessing((16, 16, 16), 1.3), volume(noise((12, 10, 9)))
     target = process.target(scan)
     scores = torch.rand(2, *target.shape[1:])
-    maps, labels = process.to_native(scores, target), process.to_native_labels(scores, target, [1, 2], 0.5)
+    placed = {value: PlacedScores(part, target) for value, part in enumerate(scores, 1)}
+    maps, labels = process.to_native(scores, target), process.to_native_labels(placed)
     monkeypatch.setattr(resampling, "SLAB_VOXELS", 1)
     assert torch.equal(process.target(scan).as_tensor(), target.as_tensor())
     torch.testing.assert_close(process.to_native(scores, target).as_tensor(), maps.as_tensor())
-    again = process.to_native_labels(scores, target, [1, 2], 0.5)
+    again = process.to_native_labels(placed)
     assert (again.as_tensor() == labels.as_tensor()).float().mean() > 0.999, "but for rounding"
 
 
@@ -256,8 +258,8 @@ def test_scores_that_do_not_fit():
     target = process.target(volume(noise((8, 8, 8))))
     with pytest.raises(ValueError, match=r"scores of \(8, 8, 7\) voxels do not fit a target of \(8, 8, 8\)"):
         process.to_native(torch.zeros(1, 8, 8, 7), target)
-    with pytest.raises(ValueError, match="one score per label, got 1 for 2 labels"):
-        process.to_native_labels(torch.zeros(1, 8, 8, 8), target, [1, 2], 0.5)
+    with pytest.raises(ValueError, match=r"scores of \(8, 8, 7\) voxels do not fit a target of \(8, 8, 8\)"):
+        process.to_native_labels({1: PlacedScores(torch.zeros(8, 8, 7), target)})
     with pytest.raises(ValueError, match=r"does not come from Preprocessing\.target"):
         process.to_native(torch.zeros(1, 8, 8, 8), volume(noise((8, 8, 8))))
 

@@ -84,7 +84,7 @@ print(sum(1 for _ in batches), flush=True)
 def test_loading_processes_end_with_the_trainer_and_not_before(case, status):
     """SIGTERM of others changes nothing; a trainer that fails still gets rid of them."""
     done = subprocess.run(
-        [sys.executable, "-c", LOADING, case], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", LOADING, case], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == status, done.stderr
     assert done.stdout == ("999\n" if case == "others" else "") and ("a damaged case" in done.stderr) == bool(status)

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("monailabel", reason="MONAI Label is not installed: .ci/label-test runs these")
 
@@ -275,7 +274,7 @@ def test_monai_labels_own_client_gets_what_3d_slicer_asks_for(tmp_path, serve, m
     assert client.next_sample("least_confident", {})["id"] == studies.cases[0]
 
 
-def test_real_scans_get_the_answer_of_inference_json(tmp_path, serve, make_studies, weights, shared_dir):
+def test_real_scans_get_the_answer_of_inference_json(tmp_path, serve, make_studies, weights, shared_dir, one_thread):
     source = shared_dir / "data" / "Dataset004_Hippocampus"
     studies = make_studies(tmp_path, cases=1)
     (studies.folder / "case_00.nii.gz").unlink()
@@ -288,12 +287,7 @@ def test_real_scans_get_the_answer_of_inference_json(tmp_path, serve, make_studi
         assert server.save(case, studies.label(case)).status_code == 200
     answer = server.answer(cases[0], tmp_path)
     pairs, labels = ([path(case) for case in cases[1:]] for path in (studies.image, studies.label))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the server's: alignment adds up in another order with more
-    try:
-        options = {"align": None, "context_selection": "similar"}
-        plain = by_inference_json(tmp_path, weights, studies.image(cases[0]), pairs, labels, **options)
-    finally:
-        torch.set_num_threads(threads)
+    options = {"align": None, "context_selection": "similar"}
+    plain = by_inference_json(tmp_path, weights, studies.image(cases[0]), pairs, labels, **options)
     assert voxels(plain).any() and np.array_equal(voxels(answer), voxels(plain))
     assert np.array_equal(answer.affine, plain.affine)

@@ -92,9 +92,13 @@ def answer_of(made, volume):
     return scored(made, target, bright_and_dark(target.image, made.context.preprocessing))
 
 
-def labels_of(process, scores, target, values):
+def native_labels(process, scores, target, values):
     placed = {value: PlacedScores(score, target) for value, score in zip(values, scores, strict=True)}
-    return process.to_native_labels(placed)[0].numpy()
+    return process.to_native_labels(placed)
+
+
+def labels_of(process, scores, target, values):
+    return native_labels(process, scores, target, values)[0].numpy()
 
 
 def foreground(answer):
@@ -284,7 +288,7 @@ def test_any_geometry(shape, zooms, rotation, origin, spacing, seed, orientation
     def run(stored, stored_affine):
         target = process.target(as_volume(stored, stored_affine))
         scores = bright_and_dark(target, process, share, share)
-        return scores, target, process.to_native_labels(scores, target, VALUES, 0.5)
+        return scores, target, native_labels(process, scores, target, VALUES)
 
     scores, target, answer = run(voxels, affine)
     assert answer.shape == (1, *shape) and answer.dtype == torch.uint8

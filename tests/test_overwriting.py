@@ -151,7 +151,7 @@ def test_two_runs_at_once_both_stay_in_the_report(infer, tmp_path, monkeypatch):
     """The second runs from begin to end while the first is at its first target."""
     scan(tmp_path / "A" / "a.nii.gz")
     scan(tmp_path / "B" / "b.nii.gz", 1)
-    plain = ICLInferer.answer
+    plain = ICLInferer.to_native
     inside = []
 
     def meanwhile(self, *args, **kwargs):
@@ -162,14 +162,14 @@ def test_two_runs_at_once_both_stay_in_the_report(infer, tmp_path, monkeypatch):
                 infer(tmp_path / "B", tmp_path / "out", labels=[1])
         return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(ICLInferer, "answer", meanwhile)
+    monkeypatch.setattr(ICLInferer, "to_native", meanwhile)
     found = infer(tmp_path / "A", tmp_path / "out")
     assert sorted(found["cases"]) == ["a", "b"] and found["finished"] and not found["failed"]
 
 
 def test_a_run_that_was_stalled_keeps_the_answer_that_another_finished(infer, tmp_path, monkeypatch):
     scan(tmp_path / "A" / "a.nii.gz")
-    plain = ICLInferer.answer
+    plain = ICLInferer.to_native
     inside = []
 
     def stalled(self, *args, **kwargs):
@@ -179,7 +179,7 @@ def test_a_run_that_was_stalled_keeps_the_answer_that_another_finished(infer, tm
             raise OSError("its temporary file is gone")
         return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(ICLInferer, "answer", stalled)
+    monkeypatch.setattr(ICLInferer, "to_native", stalled)
     found = infer(tmp_path / "A", tmp_path / "out")
     assert list(found["cases"]) == ["a"] and not found["failed"] and (tmp_path / "out" / "a.nii.gz").is_file()
 

@@ -14,13 +14,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
 from tqdm import tqdm
 
 from scripts.checkpoint import load_network
 from scripts.data.volumes import load_volume
+from scripts.inference.confidence import ConfidentInferer
 from scripts.inference.context_source import ContextSource
-from scripts.inference.self_test import leave_one_out, summary
 from scripts.inferer import ICLInferer
 from scripts.runtime.commandline import main
 
@@ -51,24 +50,17 @@ def wrong_context(
     labels = [load_volume(Path(dataset_dir) / "labelsTr" / f"{name}.nii.gz") for name in chosen]
     inferer = ICLInferer(network, device, mini_context_size=context_size)
     inferer.set_context(images, labels)
-    print(json.dumps({"offset_voxels": 0, "out_of_line": len(_self_test(inferer)["out_of_line"])}))
+    confident = ConfidentInferer(inferer, self_test=True, progress=False)
+    print(json.dumps({"offset_voxels": 0, "out_of_line": len(confident.prepare()["out_of_line"])}))
     for offset in offsets:
         found = {"worst": 0, "out_of_line": 0}
         for number in tqdm(range(len(labels)), f"{offset} voxels"):
             spoilt = labels[number].roll(offset, dims=2)
             inferer.set_context(images, [*labels[:number], spoilt, *labels[number + 1 :]])
-            test, name = _self_test(inferer), inferer.context.names[number]
+            test, name = confident.prepare(), inferer.context.names[number]
             found["worst"] += test["worst"] == name
             found["out_of_line"] += name in test["out_of_line"]
         print(json.dumps({"offset_voxels": offset, "contexts": len(labels), **found, "device": device}))
-
-
-def _self_test(inferer: ICLInferer) -> dict:
-    def predict(image: Tensor, among: list[int]) -> Tensor:
-        return inferer(image.to(inferer.device), inferer.network, among=among)
-
-    tested = leave_one_out(inferer.context, inferer.label_values, predict, progress=False)
-    return summary({inferer.context.names[number]: dice for number, dice in tested})
 
 
 if __name__ == "__main__":

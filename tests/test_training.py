@@ -15,6 +15,7 @@ from monai.bundle import ConfigWorkflow
 
 from scripts.checkpoint import load_network, read_checkpoint
 from scripts.data.synthesis.cohort_writer import write_cohorts
+from scripts.runtime.output_folder import STATE
 from scripts.training.engine import GroupTrainer, episode_scores, prepare_episode
 from tests.workflows import SMALL, run_workflow
 
@@ -282,12 +283,12 @@ def test_a_run_that_was_killed_ends_with_the_same_weights(finished, data, tmp_pa
     assert done.returncode == -signal.SIGKILL, done.stderr
     folder = tmp_path / "stage1"
     assert read_checkpoint(folder / "last.pt")["trainer"]["iteration"] == 2, "the end of the first epoch"
-    assert bool(list(folder.glob(".last.pt.*"))) == (where == "while writing")
+    assert bool(list(folder.glob(f"{STATE}-*"))) == (where == "while writing")
     train(tmp_path, dataset_dir=str(data), resume=True)
     assert same_weights(folder / "last.pt", finished / "last.pt")
     assert same_weights(folder / "model.pt", finished / "model.pt")
     assert [row["train_loss"] for row in rows(folder)] == [row["train_loss"] for row in rows(finished)]
-    assert not list(folder.glob(".*"))
+    assert [path.name for path in folder.glob(".*")] == [STATE]
 
 
 def compare_runs(folder, finished):

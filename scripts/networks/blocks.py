@@ -46,7 +46,9 @@ class Down(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W, D)`` -> ``(N, K, H/2, W/2, D/2)``."""
-        return F.max_pool3d(x, 2) if self.conv is None else conv3d(x, self.conv.weight, self.conv.bias, stride=2)
+        if self.conv is not None:
+            return conv3d(x, self.conv.weight, self.conv.bias, stride=2)
+        return F.max_pool3d(x, 2).to(x.dtype)  # autocast pools in float32
 
 
 class UpMerge(nn.Module):

@@ -33,7 +33,7 @@ STATE = ".neuroverse3d"
 _RECORD, _LOCK = "written.jsonl", "lock"
 _TEMPORARY = f"{STATE}-"
 _NAME_BYTES = 150
-_REMEMBERED = {".integrity.json", ".contexts.json"}
+_REMEMBERED = {".integrity.json", ".contexts.json", ".alignment.json"}
 """What runs remember of their inputs, under names of their own."""
 _WAIT_SECONDS, _POLL_SECONDS = 60.0, 0.02
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}

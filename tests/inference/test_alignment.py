@@ -10,7 +10,7 @@ import torch
 from scipy.ndimage import affine_transform, gaussian_filter
 from scipy.spatial.transform import Rotation
 
-from scripts.inference import alignment
+from scripts.inference import aligned_contexts as alignment
 from scripts.inference.confidence import SHARES, ConfidentInferer
 from scripts.inference.self_test import dice_by_label
 from scripts.inference.target import NOT_TO_BE_TRUSTED

@@ -442,6 +442,7 @@ def test_the_choice_is_among_those_allowed(varied):
     network = LabelAverage()
     predictor = whole_inferer(network, ContextSource(str(varied), network, 2, selection="similar"))
     target = predictor.target(load_volume(varied / "imagesTr" / "p0_0000.nii.gz") + torch.rand(1, *GRID))
+    predictor.prepare_views(target)
     members = predictor.members_of(target, among=[1, 2, 4])
     assert set(members[1]) <= {1, 2, 4} and len(members[1]) == 2
     assert members[2] == [4]

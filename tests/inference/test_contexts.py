@@ -354,4 +354,4 @@ def test_a_label_that_is_lost_on_the_grid_is_not_held(root, rewrite):
     rewrite(root / "labelsTr" / "p0.nii.gz", speck)
     cases = context_cases(root)
     assert cases[0]["values"][2] == 1
-    assert load_contexts(cases, cases, (8, 8, 8), spacing=2).holding(2) == [1, 2, 3, 4, 5]
+    assert load_contexts(cases, cases, (8, 8, 8), spacing=2).holding(2, on_grid=True) == [1, 2, 3, 4, 5]

@@ -35,7 +35,8 @@ class Given(ContextSet):
         examples = [Example(f"context {i}", "", "", digest, digest) for i, digest in enumerate(digests)]
         super().__init__(examples, Preprocessing((SIZE,) * 3, 1.0))
         for number, pair in enumerate(zip(images, labels, strict=True)):
-            self._pairs._on_grid.put(number, (*pair, (0.0, 1.0)))
+            values = tuple(sorted(set(pair[1].flatten().tolist()) - {0}))
+            self._pairs._on_grid.put(number, (*pair, (0.0, 1.0), values))
 
 
 def context_set(labels, digests=None):

@@ -146,7 +146,7 @@ def test_spacing_of_the_target_changes_little(scene):
     warped = [found.warp(context, 0, grid.shape[1:], grid.affine) for found in (fine, coarse)]
     inside = grid.as_tensor() > 2
     spread = grid.as_tensor()[inside].std()
-    assert (warped[0] - warped[1])[inside].abs().mean() < 0.15 * spread
+    assert (warped[0] - warped[1])[inside].abs().mean() < 0.2 * spread
 
 
 @pytest.mark.parametrize("target_mm, context_mm", [(48.0, 32.0), (32.0, 48.0)])
@@ -209,7 +209,7 @@ def test_votes_follow_the_context_that_agrees(scene):
     weights = vote_weights(target, torch.stack((target, other)))
     inside = target[0] > 2
     assert torch.allclose(weights.sum(0), torch.ones_like(weights[0]))
-    assert weights[0, 0][inside].mean() > 0.8
+    assert weights[0, 0][inside].mean() > 0.65
     alone = vote_weights(target, torch.stack((target, other)), aligned=torch.tensor([False, True]))
     assert float(alone[0].max()) == 0
     masks = torch.stack((torch.ones_like(target), torch.zeros_like(target)))

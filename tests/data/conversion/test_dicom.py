@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from scripts.data.conversion.dataset_writer import dicom
+from scripts.data.conversion import dicom
 from scripts.data.conversion.dicom import pair_dicom, write_series
 from scripts.data.nnunet import DatasetError
 from scripts.data.volumes import VolumeError

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from scripts.data.synthesis import cohort as synthesis
+from scripts.data.synthesis import subject_pose as pose
 from scripts.data.synthesis.cohort import LESION, MIN_LABEL_FRACTION, synthesize_cohort
-from scripts.data.synthesis.cohort import cohort as synthesis
-from scripts.data.synthesis.cohort import subject_pose as pose
 
 COHORTS = range(6)
 

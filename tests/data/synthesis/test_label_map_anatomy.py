@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.data.synthesis.cohort import LESION, label_map_anatomy, show_anatomy, synthesize_cohort
-from scripts.data.synthesis.cohort import cohort as synthesis
+from scripts.data.synthesis import cohort as synthesis
+from scripts.data.synthesis import label_map_anatomy
+from scripts.data.synthesis.cohort import LESION, show_anatomy, synthesize_cohort
 from scripts.data.synthesis.label_map_anatomy import LabelMaps, map_names
 from scripts.data.synthesis.seeded_draws import Draws
 from scripts.synthesize import synthesize

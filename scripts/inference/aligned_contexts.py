@@ -266,7 +266,7 @@ class AlignedContexts:
         if len(outside) == len(followed):  # no region to compare in
             target.aligned = {number: one.similarity for number, one in whole.items() if one.aligned}
             words = {number: one.words for number, one in whole.items()}
-        left_out = [number for number in numbers if number not in target.aligned]
+        left_out = sorted(number for number in numbers if number not in target.aligned)
         target.alignment = {
             "mode": self.mode,
             "contexts": {

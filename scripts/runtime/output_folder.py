@@ -431,10 +431,12 @@ def _temporary(later: Path, suffix: str) -> Iterator[str]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield path
     finally:
-        Path(path).unlink(missing_ok=True)
-        _locks.discard(handle)
-        with contextlib.suppress(OSError):
-            os.close(handle)
+        try:
+            Path(path).unlink(missing_ok=True)
+        finally:  # a file that stays is a leftover, which the next run may take away
+            _locks.discard(handle)
+            with contextlib.suppress(OSError):
+                os.close(handle)
 
 
 def _move_to_free_place(temporary: str, path: Path) -> None:

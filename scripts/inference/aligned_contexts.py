@@ -339,7 +339,7 @@ class AlignedContexts:
             if not numbers:
                 continue
             images = [crops[n][0].to(self.device) for n in numbers]
-            found = align(region, images, self.mode, torch.stack([starts[n] for n in numbers]))
+            found = align(region, images, self.mode, torch.stack([starts[n] for n in numbers]), group.spacing_mm)
             for k, number in enumerate(numbers):
                 if bool(found.aligned[k]):
                     view.add(number, found, k, *crops[number])

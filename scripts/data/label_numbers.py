@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import numpy as np
 import torch
-from scipy.ndimage import find_objects
 from torch import Tensor
 
 MOST = 2**32 - 1
@@ -69,18 +67,3 @@ def without(numbers: Tensor, values: Collection[int]) -> Tensor:
     if not values:
         return numbers
     return numbers.masked_fill(torch.isin(numbers.long(), torch.tensor(sorted(values))), 0)
-
-
-def label_boxes(numbers: np.ndarray) -> dict[int, tuple[slice, ...]]:
-    """Bounding box of each label above 0; memory does not depend on the numbers, as that of SciPy's function does.
-
-    Args:
-        numbers: whole numbers, any shape.
-    """
-    values = None
-    if numbers.max(initial=0) >= _FEW:
-        values, numbers = np.unique(numbers, return_inverse=True)
-        numbers = numbers + (values[0] > 0)  # 0 stays the background's
-        values = values[values > 0]
-    boxes = find_objects(numbers.astype(np.int32, copy=False))
-    return {n if values is None else int(values[n - 1]): box for n, box in enumerate(boxes, start=1) if box}

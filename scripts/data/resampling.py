@@ -108,28 +108,6 @@ def grid_affine(affine: np.ndarray, axes: Sequence[GridAxis]) -> np.ndarray:
     return np.asarray(affine, dtype=float) @ to_scan
 
 
-def box_about(
-    axes: Sequence[GridAxis], ranges: Sequence[tuple[int, int]], counts: Sequence[int]
-) -> list[tuple[int, int]]:
-    """Box of scan voxels about a region: the region, and around it as much as fills a grid, as far as the scan goes.
-
-    Args:
-        axes: R, A, S; of a grid whose ``step`` is the wanted one.
-        ranges: first and one past the last scan voxel of the region, in RAS direction, along R, A, S.
-        counts: voxels of the grid along them.
-
-    Returns:
-        First and one past the last voxel along each array axis, as :func:`grid_axes` takes it. Its middle is the
-        region's, but where the scan ends.
-    """
-    box = [(0, 0)] * 3
-    for a, (low, high), count in zip(axes, ranges, counts, strict=True):
-        size = min(max(high - low, int((count - 1) * a.step + _GRID_TIE) + 1), a.size)
-        start = min(max((low + high - size) // 2, 0), a.size - size)
-        box[a.axis] = (a.size - start - size, a.size - start) if a.flipped else (start, start + size)
-    return box
-
-
 def sample_linear(scan: Tensor, axes: Sequence[GridAxis], counts: Sequence[int]) -> Tensor:
     """Trilinear values of a scan on an unpadded grid.
 

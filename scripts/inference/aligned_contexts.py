@@ -154,9 +154,9 @@ class AlignedContexts:
 
         Where they lie in the contexts says nothing of where they are in a target, so they have no region.
         """
-        if self.context.generation:
-            return []
         key = tuple(values)
+        if self.context.generation:
+            self._scattered_of[key] = []
         if key not in self._scattered_of:
             points = [
                 {v: nib.affines.apply_affine(np.linalg.inv(matrix), p) for v, p in self._know(number).points.items()}

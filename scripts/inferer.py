@@ -42,6 +42,7 @@ from scripts.inference.target import OnLabel, Target
 from scripts.inference.views import EVEN_SHARE, Episodes, Members, Parts, mixed
 from scripts.networks import Neuroverse3D
 from scripts.runtime.memory import cache_bytes
+from scripts.runtime.precision import settled_amp
 from scripts.runtime.processes import usable_device
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class ICLInferer(Inferer):
             memory, 0 keeps nothing.
         spacing: isotropic voxel size of the grid in mm for :meth:`set_context`; None fits the contexts.
         overlap: of neighbouring windows, part of the grid.
-        amp: bfloat16 autocast.
+        amp: autocast to bfloat16; ``auto`` where the device is made for it.
         align: ``off``, ``affine`` or ``deformable``; None is ``deformable`` for segmentation and ``off`` for
             generation.
         alignment_record: JSON file to remember the transforms between contexts in.
@@ -88,7 +89,7 @@ class ICLInferer(Inferer):
         cache_mb: float | None = None,
         spacing: float | None = None,
         overlap: float = 0.25,
-        amp: bool = False,
+        amp: bool | str = "auto",
         align: str | None = None,
         alignment_record: str | None = None,
     ) -> None:
@@ -106,7 +107,7 @@ class ICLInferer(Inferer):
         self.cache_mb = cache_mb
         self.spacing = spacing
         self.overlap = overlap
-        self.amp = amp
+        self.amp = settled_amp(amp, self.device)
         self.align = align
         self.alignment_record = alignment_record
         self.share = EVEN_SHARE
@@ -340,9 +341,10 @@ class ICLInferer(Inferer):
         """
 
         def of_window(window: Tensor, episodes: Episodes, asked: Members) -> Tensor:
-            return self._window_scores(window.to(self.device), network, episodes, asked, target.on_label).cpu()
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                return self._window_scores(window.to(self.device), network, episodes, asked, target.on_label).cpu()
 
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+        with torch.no_grad():
             return [view.parts({v: members[v] for v in view.values}, of_window, self.overlap) for view in target.views]
 
     def to_native(self, target: Target) -> Target:

@@ -414,6 +414,15 @@ def test_options_of_the_step(data, tmp_path, options):
     assert all(float(row["val_loss"]) > 0 for row in rows(folder))
 
 
+@pytest.mark.parametrize("made_for_it", [True, False])
+def test_a_resumed_run_keeps_to_its_precision_on_any_hardware(data, tmp_path, monkeypatch, made_for_it):
+    for epochs, here in ((1, not made_for_it), (2, made_for_it)):
+        monkeypatch.setattr("scripts.runtime.precision.is_fast", lambda *_, here=here: here)
+        folder = train(tmp_path, dataset_dir=str(data), epochs=epochs, resume=epochs > 1)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["options"]["amp"] is not made_for_it
+
+
 def test_augmentation_is_part_of_training_unless_switched_off(finished, data, tmp_path):
     plain = train(tmp_path, dataset_dir=str(data), augment="False")
     assert not same_weights(plain / "last.pt", finished / "last.pt")

@@ -37,7 +37,7 @@ def fitting_pairs(network: Neuroverse3D, spatial_size: tuple[int, ...], device: 
         amp: maps are stored in 16 bits.
     """
     kind = "cuda" if device.type == "cuda" else "cpu"
-    way = "slabs" if kind == "cpu" and not amp else "modules"
+    way = "slabs" if kind == "cpu" else "modules"
     free, one = free_memory(device), map_bytes(network, spatial_size, amp)
     fits = int((USABLE * free / one - MAPS_FIXED[way]) / MAPS_PER_PAIR[way])
     size = max(1, min(MOST_PAIRS[kind], fits))

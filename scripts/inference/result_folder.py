@@ -6,7 +6,7 @@ import contextlib
 import os
 import tempfile
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,17 @@ from scripts.runtime.shards import Shard
 
 _PROBE_BYTES = 2**20
 _LOCKS = "inference-"
+_IN_FINGERPRINT = ("align", "amp")
+"""Options of a report's settings that another value of makes another run."""
 _CORRECTED = "the prediction was changed after it was written: kept as it is"
+
+
+def recorded_amp(folder: str | os.PathLike) -> bool | None:
+    """Whether the predictions in a folder were made under autocast, by its newest report; None without one."""
+    files = ReportFiles(folder, Shard(1, 1))
+    reports = sorted((report for report in files.earlier()), key=lambda report: report.get("started") or "")
+    amp = reports[-1].get("settings", {}).get("amp") if reports else None
+    return amp if isinstance(amp, bool) else None
 
 
 @dataclass(frozen=True)
@@ -117,8 +127,12 @@ class ResultFolder:
                     "and would be written over: give another --output_dir"
                 )
 
-    def enter(self, fingerprint: str) -> bool:
+    def enter(self, fingerprint: str, settings: Mapping[str, Any]) -> bool:
         """Be at work in the folder, beside runs with the same contexts, weights and settings; whether there are none.
+
+        Args:
+            fingerprint: of contexts, weights and settings.
+            settings: options by name, to name those that another run has otherwise.
 
         Raises:
             FileExistsError: a run with others is at work there.
@@ -129,8 +143,8 @@ class ResultFolder:
             for path in self._output.state.glob(f"{_LOCKS}*.lock"):
                 if path.name != own and not self._is_free(path.name):
                     raise FileExistsError(
-                        f"a run with other contexts, weights or settings is at work in {self.path}: wait, or give "
-                        "another --output_dir"
+                        f"a run with other contexts, weights or settings{self._differing(fingerprint, settings)} is at "
+                        f"work in {self.path}: wait, or give another --output_dir"
                     )
             alone = self._is_free(own)
             self._at_work.enter_context(self._output.at_work(own, shared=True))
@@ -140,12 +154,15 @@ class ResultFolder:
         """No longer be at work in the folder."""
         self._at_work.close()
 
-    def unfinished(self, targets: Sequence[Case], fingerprint: str, labels: Sequence[int]) -> Unfinished:
+    def unfinished(
+        self, targets: Sequence[Case], fingerprint: str, settings: Mapping[str, Any], labels: Sequence[int]
+    ) -> Unfinished:
         """Take what is done from earlier reports, and the rest as what is to do.
 
         Args:
             targets: this process's.
             fingerprint: of contexts, weights and settings.
+            settings: as of :meth:`enter`.
             labels: that are predicted.
 
         Raises:
@@ -188,9 +205,9 @@ class ResultFolder:
         self._before = {path: signature(path) for case in left for path in self._planned(case)}
         if in_the_way:
             raise FileExistsError(
-                f"{self.path} holds predictions made with other images, contexts, weights or settings "
-                f"({', '.join(sorted(in_the_way)[:5])}{' ...' if len(in_the_way) > 5 else ''}): give another "
-                "--output_dir or --overwrite true"
+                f"{self.path} holds predictions made with other images, contexts, weights or settings"
+                f"{self._differing(fingerprint, settings)} ({', '.join(sorted(in_the_way)[:5])}"
+                f"{' ...' if len(in_the_way) > 5 else ''}): give another --output_dir or --overwrite true"
             )
         kept = {
             name: entry
@@ -213,6 +230,13 @@ class ResultFolder:
         labels = self._labels if self._probabilities else ()
         picture = [self.picture(case)] if self.overlays else []
         return [self.prediction(case), *picture, *(maps / f"label_{label}.nii.gz" for label in labels)]
+
+    def _differing(self, fingerprint: str, settings: Mapping[str, Any]) -> str:
+        """Options that reports of other runs in the folder have otherwise, for a message."""
+        others = [r.get("settings", {}) for r in self.files.earlier() if r.get("fingerprint") != fingerprint]
+        found = {f"--{name} {other[name]}".lower() for other in others for name in _IN_FINGERPRINT
+                 if name in other and other[name] != settings[name]}  # fmt: skip
+        return f" ({', '.join(sorted(found))})" if found else ""
 
     def _pages(self) -> list[Path]:
         return [self.path / name for name in (REPORT, PAGE, VOLUMES, MANIFEST)]

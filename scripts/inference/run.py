@@ -130,8 +130,8 @@ class InferenceRun(Sequence[Case]):
         self._listing = [(target["case"], (file_facts(target["image"]) or {}).get("bytes")) for target in targets]
         self._listing.append(("contexts", context.fingerprint))
         mine = shard.of(targets)
-        alone = self.results.enter(self.report["fingerprint"])
-        left = self.results.unfinished(mine, self.report["fingerprint"], labels)
+        alone = self.results.enter(self.report["fingerprint"], self.report["settings"])
+        left = self.results.unfinished(mine, self.report["fingerprint"], self.report["settings"], labels)
         self._todo, self.report["cases"] = left.todo, left.done
         self._skipped = len(mine) - len(self._todo)
         self_test = self.inferer.prepare(left.self_test) if self._todo else left.self_test
@@ -189,7 +189,7 @@ class InferenceRun(Sequence[Case]):
         failed = self.report["failed"]
         if self.targets.shard.count == 1:
             self.results.files.publish(self.report)
-            if self.results.enter(self.report["fingerprint"]):
+            if self.results.enter(self.report["fingerprint"], self.report["settings"]):
                 remove_shards(self.results.path)
             where = f"{PAGE} and {REPORT} in {self.results.path}"
         else:

@@ -124,8 +124,9 @@ class Neuroverse3D(nn.Module):
 
     def encode_target(self, target_in: Tensor) -> list[Tensor]:
         """``(B, in_channels, H, W, D)`` -> the target's map at every stage, finest first. No label has a part in it."""
-        if slabwise := slabwise_for(self.target_encoder, target_in):
-            return slabwise.encode_target(self.target_encoder, target_in)
+        if chosen := slabwise_for(self.target_encoder, target_in):
+            slabwise, part = chosen
+            return slabwise.encode_target(part, target_in)
         return self.target_encoder(target_in)
 
     def encode_stems(self, pairs: Tensor) -> Tensor:
@@ -134,9 +135,11 @@ class Neuroverse3D(nn.Module):
         Returns:
             ``(B, l, C_0, H, W, D)``, for :meth:`read_contexts`.
         """
-        slabwise = slabwise_for(self.context_unet, pairs)
-        stem = slabwise.encode_stem if slabwise else ContextUNet.stem
-        return pairwise(stem(self.context_unet, pairs.flatten(0, 1)), pairs.shape[1])
+        chosen, flat = slabwise_for(self.context_unet, pairs), pairs.flatten(0, 1)
+        if chosen:
+            slabwise, part = chosen
+            return pairwise(slabwise.encode_stem(part, flat), pairs.shape[1])
+        return pairwise(self.context_unet.stem(flat), pairs.shape[1])
 
     @torch.no_grad()
     def read_contexts(
@@ -159,8 +162,9 @@ class Neuroverse3D(nn.Module):
         Returns:
             One map per stage, bottleneck first.
         """
-        if slabwise := slabwise_for(self.context_unet, pairs):
-            return slabwise.read_contexts(self.context_unet, features, pairs, target_maps, length, from_stems)
+        if chosen := slabwise_for(self.context_unet, pairs):
+            slabwise, part = chosen
+            return slabwise.read_contexts(part, features, pairs, target_maps, length, from_stems)
         return _weighted_sum(features, self.context_unet(pairs, target_maps, from_stems), pairs.shape[1] / length)
 
     def decode(self, target_maps: list[Tensor], features: list[Tensor], keep_target: bool = False) -> Tensor:
@@ -168,8 +172,9 @@ class Neuroverse3D(nn.Module):
 
         Without gradients both may be overwritten, the target maps unless ``keep_target``.
         """
-        if slabwise := slabwise_for(self.target_decoder, target_maps[0]):
-            return slabwise.decode_target(self.target_decoder, target_maps, features, overwrite=not keep_target)
+        if chosen := slabwise_for(self.target_decoder, target_maps[0]):
+            slabwise, part = chosen
+            return slabwise.decode_target(part, target_maps, features, overwrite=not keep_target)
         return self.target_decoder(target_maps, features)
 
     def _check(self, target_in: Tensor, context_in: Tensor, context_out: Tensor, mini_context_size: int) -> None:

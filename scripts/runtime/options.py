@@ -11,6 +11,9 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+AUTO = "auto"
+"""Of a switch: the program decides."""
+
 
 class Option(NamedTuple):
     """One option: how its value is read, and what it means."""
@@ -73,7 +76,7 @@ OPTIONS: dict[str, Option] = {
     "grad_clip": Option("float", "gradient norm is clipped to this"),
     "loss_weight": Option("float", "factor on the smooth L3-L1 loss"),
     "accumulation_steps": Option("count", "episodes whose gradients are added up before an optimiser step"),
-    "amp": Option("flag", "autocast to amp_dtype (meant for GPUs; very slow on CPUs without bfloat16 units)"),
+    "amp": Option("switch", "autocast to amp_dtype; auto: on GPUs and CPUs that are made for it, float32 elsewhere"),
     "amp_dtype": Option("text", "bfloat16, or float16 with scaled gradients for GPUs without bfloat16"),
     "activation_checkpointing": Option("flag", "recompute activations in the backward pass: less memory, more time"),
     "compile": Option("flag", "compile the network's parts with torch.compile (needs a C++ compiler)"),
@@ -150,6 +153,20 @@ def flag(value: Any) -> bool:
     raise ValueError(f"expected true or false, got {value!r}")
 
 
+def switch(value: Any) -> bool | str:
+    """As :func:`flag`, or :data:`AUTO`.
+
+    Raises:
+        ValueError: neither.
+    """
+    if str(value).strip().lower() == AUTO:
+        return AUTO
+    try:
+        return flag(value)
+    except ValueError:
+        raise ValueError(f"expected {AUTO}, true or false, got {value!r}") from None
+
+
 def normalise(name: str, value: Any) -> Any:
     """Bring an option's value to its type; None stays None.
 
@@ -157,8 +174,8 @@ def normalise(name: str, value: Any) -> Any:
         ValueError: the value does not fit; the message names the option.
     """
     option = OPTIONS[name]
-    if option.kind == "flag":
-        reader: Callable[[Any], Any] = flag
+    if option.kind in _SWITCHES:
+        reader: Callable[[Any], Any] = _SWITCHES[option.kind]
     elif value is None or str(value).strip().lower() == "none":
         return None
     else:
@@ -249,6 +266,9 @@ def _device(value: Any) -> str:
 
     return str(usable_device(str(value)))
 
+
+_SWITCHES: dict[str, Callable[[Any], Any]] = {"flag": flag, "switch": switch}
+"""For these "none" is a value."""
 
 _READERS: dict[str, Callable[[Any], Any]] = {
     "int": _whole,

@@ -21,6 +21,7 @@ from torch import Tensor
 from scripts.data.augmentation import NO_GIN
 from scripts.data.episodes import IGNORED, as_episode
 from scripts.data.label_decision import MASK_THRESHOLD
+from scripts.runtime.precision import TYPES
 
 
 def prepare_episode(
@@ -261,8 +262,8 @@ class EpisodeInferer(SimpleInferer):
 
     def __init__(self, amp: bool = False, amp_dtype: str = "bfloat16") -> None:
         super().__init__()
-        if amp_dtype not in ("bfloat16", "float16"):
-            raise ValueError(f"amp_dtype must be bfloat16 or float16, got {amp_dtype!r}")
+        if amp_dtype not in TYPES:
+            raise ValueError(f"amp_dtype must be {' or '.join(TYPES)}, got {amp_dtype!r}")
         self.amp = bool(amp)
         self.dtype = getattr(torch, amp_dtype)
 

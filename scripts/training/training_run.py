@@ -155,6 +155,14 @@ def earlier_split(folder: str) -> str | None:
     return str(path) if path.is_file() or (Path(folder) / LAST).is_file() else None
 
 
+def recorded_amp(folder: str) -> bool | None:
+    """Whether the run in a folder was under autocast, by its manifest; None if that does not say."""
+    path = Path(folder) / MANIFEST
+    found = read_json(path, dict, "expected the manifest of a run") if path.is_file() else {}
+    amp = found.get("options", {}).get("amp")
+    return amp if isinstance(amp, bool) else None
+
+
 class TrainingRun:
     """Trains into a folder: ``model.pt`` (best on validation), ``last.pt`` (to resume), configuration, split.
 

@@ -1,5 +1,6 @@
 """Runs over many targets: failures, interruptions, shards, processes."""
 
+import contextlib
 import errno
 import json
 import os
@@ -382,3 +383,18 @@ def test_a_killed_process_loses_no_answer(contexts, scans, infer, weights, tmp_p
     found = infer()
     assert len(found["cases"]) == 20 and not found["failed"]
     assert all(answers(out)[name] == stamps[name] for name in before), "what was noted is not done again"
+
+
+@pytest.mark.parametrize("made_for_it", [True, False])
+def test_shards_and_repeated_runs_keep_to_the_precision_that_the_folder_has(infer, tmp_path, monkeypatch, made_for_it):
+    monkeypatch.setattr("scripts.runtime.precision.is_fast", lambda *_: not made_for_it)
+    with contextlib.suppress(FileNotFoundError):  # there is no report of all before the last shard
+        infer(shard="1/2")
+    monkeypatch.setattr("scripts.runtime.precision.is_fast", lambda *_: made_for_it)
+    merged = infer(shard="2/2")
+    assert merged["settings"]["amp"] is not made_for_it and len(merged["cases"]) == len(NAMES)
+    with pytest.raises(FileExistsError, match=f"settings .--amp {str(not made_for_it).lower()}.*--overwrite true"):
+        infer(amp=made_for_it)
+    anew = infer(overwrite=True)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert anew["settings"]["amp"] is made_for_it and manifest["options"]["amp"] is made_for_it

@@ -48,8 +48,7 @@ def test_residual_unit(shape, count, convs):
     unit = ResidualUnit(shape[0], convs)
     x = channels_last(torch.randn(count, *shape))
     plain = plain_residual(unit, x)
-    assert_close(slabwise.residual(unit, x), plain)  # in place
-    assert_close(x, plain)
+    assert_close(slabwise.residual(unit, x), plain)
 
 
 @pytest.mark.usefixtures("slab_rows")
@@ -129,13 +128,15 @@ def test_gradients_do_not_depend_on_how_the_other_mini_contexts_run(monkeypatch)
         assert_close(a, b, atol=1e-6)
 
 
-def test_only_float32_predictions_on_a_cpu_run_in_slabs():
+def test_predictions_in_float32_and_bfloat16_on_a_cpu_run_in_slabs():
     network, target, *_ = network_and_episode(channels=(4, 8))
     part = network.target_encoder
     assert execution.slabwise_for(part, target) is None  # gradients are on
     with torch.no_grad():
-        assert execution.slabwise_for(part, target) is slabwise
+        assert execution.slabwise_for(part, target) == (slabwise, part)
         with torch.autocast("cpu", torch.bfloat16):
+            assert execution.slabwise_for(part, target)[0] is slabwise
+        with torch.autocast("cpu", torch.float16):
             assert execution.slabwise_for(part, target) is None
         assert execution.slabwise_for(part, target.to("meta")) is None
         assert execution.slabwise_for(network.bfloat16().target_encoder, target) is None
@@ -143,12 +144,27 @@ def test_only_float32_predictions_on_a_cpu_run_in_slabs():
         assert execution.slabwise_for(part, target) is None
 
 
+def test_weights_are_cast_once_and_again_when_they_change():
+    network, target, *_ = network_and_episode(channels=(4, 8))
+    decoder = network.target_decoder
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        _, cast = execution.slabwise_for(decoder, target)
+        assert execution.slabwise_for(decoder, target)[1] is cast
+        assert cast.head.convs[0].weight.dtype == torch.bfloat16 and cast.output.weight.dtype == torch.float32
+        decoder.head.convs[0].weight.mul_(2)
+        _, again = execution.slabwise_for(decoder, target)
+    assert torch.equal(again.head.convs[0].weight, 2 * cast.head.convs[0].weight)
+
+
+@pytest.mark.usefixtures("slab_rows")
 @pytest.mark.parametrize("mini_context_size", [1, 4])
 def test_autocast_stores_maps_in_16_bits_and_stays_near_float32(mini_context_size):
     network, *episode = network_and_episode(length=4)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert {x.dtype for x in network.encode_target(episode[0])} == {torch.bfloat16}
         coarse = network(*episode, mini_context_size)
+        again = network(*episode, 5 - mini_context_size)
+    assert coarse.dtype == torch.float32 and torch.equal(coarse, again)  # pairs go one by one, sums are in float32
     with torch.no_grad():
         exact = network(*episode, mini_context_size)
     assert 0 < (coarse - exact).abs().max() < 0.03 * exact.abs().max()

@@ -65,6 +65,7 @@ def make_predictor(weights: Path, context_dir: Path, options: Mapping[str, Any])
         "checkpoint": str(weights),
         "context_dir": str(context_dir),
         "record": None,
+        "recorded_amp": None,
         "context#similar_record": None,
         "predictor#alignment_record": None,
     }

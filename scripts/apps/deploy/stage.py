@@ -54,7 +54,7 @@ def stage(
     channel: int = 0,
     spacing: float | None = None,
     align: str | None = None,
-    amp: bool = False,
+    amp: bool | str = "auto",
     seed: int = 0,
     overwrite: bool = False,
 ) -> None:

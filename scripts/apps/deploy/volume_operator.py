@@ -14,7 +14,7 @@ from monai.deploy.core.domain.dicom_series import DICOMSeries
 from SimpleITK import GetArrayFromImage
 
 from scripts.apps.deploy.series_operators import files_of
-from scripts.data.conversion.dicom import read_series
+from scripts.data.conversion.dicom_series import read_series
 from scripts.data.conversion.pairing import DicomSeries
 from scripts.data.volumes import VolumeError
 

@@ -24,6 +24,8 @@ from pydicom.errors import InvalidDicomError
 from pydicom.uid import MediaStorageDirectoryStorage
 from pydicom.valuerep import DA, TM
 
+from scripts.data.conversion.dicom_series import share_orientation, slice_order
+
 logger = logging.getLogger(__name__)
 
 _IDENTITY = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
@@ -40,6 +42,7 @@ _TAKEN_OVER = {
 """What a segmentation takes over from its series, and what its value must be fit for. DICOM wants it present, if only
 empty; de-identification often removes it, or leaves something else."""
 _UTF_8 = "ISO_IR 192"
+_FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")
 
 
 class HeaderLoaderOperator(DICOMDataLoaderOperator):
@@ -66,7 +69,7 @@ class HeaderLoaderOperator(DICOMDataLoaderOperator):
             series = DICOMSeries(series_uid)
             series.Modality = headers[0].get("Modality")
             series.SeriesDescription = headers[0].get("SeriesDescription")
-            for header in sorted(headers, key=_place_along_normal):
+            for header in _stacked(headers):
                 series.add_sop_instance(header)
             studies.setdefault(study_uid, DICOMStudy(study_uid)).add_series(series)
         return list(studies.values())
@@ -74,8 +77,11 @@ class HeaderLoaderOperator(DICOMDataLoaderOperator):
 
 def _read_header(file: str) -> Dataset | None:
     """A file's header; None for what is no DICOM or no instance."""
+    bare = _begins_without_preamble(file)
     try:
-        header = dcmread(file, stop_before_pixels=True)
+        header = dcmread(file, stop_before_pixels=True, force=bare)
+        if bare and any(name not in header for name in _IDENTITY):
+            return None
         header.decode()
     except InvalidDicomError:
         return None
@@ -92,6 +98,12 @@ def _read_header(file: str) -> Dataset | None:
     return header
 
 
+def _begins_without_preamble(file: str) -> bool:
+    """Whether a file begins with DICOM's first group of elements at once, as some archives and old nodes store them."""
+    with open(file, "rb") as opened:
+        return opened.read(2) in _FIRST_GROUPS
+
+
 def _is_fit(value: Any, kind: Callable[[str], Any]) -> bool:
     try:
         return bool(value) and kind(str(value)) is not None
@@ -99,13 +111,22 @@ def _is_fit(value: Any, kind: Callable[[str], Any]) -> bool:
         return False
 
 
-def _place_along_normal(header: Dataset) -> float:
-    """Position of a slice across its plane, in mm; 0 without a position."""
-    orientation, position = header.get("ImageOrientationPatient"), header.get("ImagePositionPatient")
-    if orientation is None or position is None:
-        return 0.0
-    cosines = np.array(orientation, dtype=float)
-    return float(np.cross(cosines[:3], cosines[3:]) @ np.array(position, dtype=float))
+def _stacked(headers: list[Dataset]) -> list[Dataset]:
+    """Slices in the order of their positions, with one orientation for what scanners round, as highdicom wants it.
+
+    What is no stack of slices stays as it is: it is refused when it is read.
+    """
+    try:
+        orientations = np.array([h.ImageOrientationPatient for h in headers], float).reshape(-1, 6)
+        positions = np.array([h.ImagePositionPatient for h in headers], float).reshape(-1, 3)
+    except (AttributeError, TypeError, ValueError):
+        return headers
+    if not share_orientation(orientations):
+        return headers
+    stacked = [headers[i] for i in slice_order(positions, orientations[0])]
+    for header in stacked:
+        header.ImageOrientationPatient = stacked[0].ImageOrientationPatient
+    return stacked
 
 
 class OneSeriesSelectorOperator(DICOMSeriesSelectorOperator):

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from highdicom import PatientSexValues
 from monai.deploy.core.domain.dicom_series import DICOMSeries
 from monai.deploy.core.domain.dicom_series_selection import StudySelectedSeries
 from monai.deploy.core.domain.dicom_study import DICOMStudy
@@ -22,26 +20,12 @@ from monai.deploy.operators import DICOMDataLoaderOperator, DICOMSeriesSelectorO
 from pydicom import Dataset, dcmread
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import MediaStorageDirectoryStorage
-from pydicom.valuerep import DA, TM
 
-from scripts.data.conversion.dicom_series import share_orientation, slice_order
+from scripts.apps.source_headers import fit, stacked
 
 logger = logging.getLogger(__name__)
 
 _IDENTITY = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
-_TAKEN_OVER = {
-    "PatientID": str,
-    "PatientName": str,
-    "PatientBirthDate": DA,
-    "PatientSex": PatientSexValues,
-    "AccessionNumber": str,
-    "StudyID": str,
-    "StudyDate": DA,
-    "StudyTime": TM,
-}
-"""What a segmentation takes over from its series, and what its value must be fit for. DICOM wants it present, if only
-empty; de-identification often removes it, or leaves something else."""
-_UTF_8 = "ISO_IR 192"
 _FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")
 
 
@@ -69,7 +53,7 @@ class HeaderLoaderOperator(DICOMDataLoaderOperator):
             series = DICOMSeries(series_uid)
             series.Modality = headers[0].get("Modality")
             series.SeriesDescription = headers[0].get("SeriesDescription")
-            for header in _stacked(headers):
+            for header in stacked(headers):
                 series.add_sop_instance(header)
             studies.setdefault(study_uid, DICOMStudy(study_uid)).add_series(series)
         return list(studies.values())
@@ -91,42 +75,13 @@ def _read_header(file: str) -> Dataset | None:
         return None
     if missing := [name for name in _IDENTITY if not header.get(name)]:
         raise ValueError(f"{file} has no {', '.join(missing)}: send the series again")
-    header.SpecificCharacterSet = _UTF_8  # text is decoded by now; highdicom writes only some of the other sets
-    for name, kind in _TAKEN_OVER.items():
-        if not _is_fit(header.get(name), kind):
-            setattr(header, name, "")
-    return header
+    return fit(header)
 
 
 def _begins_without_preamble(file: str) -> bool:
     """Whether a file begins with DICOM's first group of elements at once, as some archives and old nodes store them."""
     with open(file, "rb") as opened:
         return opened.read(2) in _FIRST_GROUPS
-
-
-def _is_fit(value: Any, kind: Callable[[str], Any]) -> bool:
-    try:
-        return bool(value) and kind(str(value)) is not None
-    except ValueError:
-        return False
-
-
-def _stacked(headers: list[Dataset]) -> list[Dataset]:
-    """Slices in the order of their positions, with one orientation for what scanners round, as highdicom wants it.
-
-    What is no stack of slices stays as it is: it is refused when it is read.
-    """
-    try:
-        orientations = np.array([h.ImageOrientationPatient for h in headers], float).reshape(-1, 6)
-        positions = np.array([h.ImagePositionPatient for h in headers], float).reshape(-1, 3)
-    except (AttributeError, TypeError, ValueError):
-        return headers
-    if not share_orientation(orientations):
-        return headers
-    stacked = [headers[i] for i in slice_order(positions, orientations[0])]
-    for header in stacked:
-        header.ImageOrientationPatient = stacked[0].ImageOrientationPatient
-    return stacked
 
 
 class OneSeriesSelectorOperator(DICOMSeriesSelectorOperator):

@@ -76,6 +76,7 @@ class DicomwebDatastore(CheckedDatastore):
         self._unreadable: dict[str, tuple[int | None, str]] = {}
         self._instances: dict[str, tuple[int | None, list[str]]] = {}
         self._names: dict[int, str] = {}
+        self._elsewhere: tuple[str, ...] = ()
 
     # --- what there is
 
@@ -115,7 +116,7 @@ class DicomwebDatastore(CheckedDatastore):
     def status(self) -> dict[str, Any]:
         """As the base class, with what is passed over."""
         self.refresh()
-        return super().status() | {"passed_over": list(self.passed_over)}
+        return super().status() | {"passed_over": [*self.passed_over, *self._elsewhere]}
 
     def json(self) -> dict[str, Any]:
         """As the base class, with the series that are not downloaded yet."""
@@ -264,9 +265,14 @@ class DicomwebDatastore(CheckedDatastore):
                 del entry.labels[FINAL]
         self._update_datastore_file()
         lines += [f"series {series} is passed over: it {reason}" for series, (_, reason) in self._unreadable.items()]
-        for line in sorted(set(lines) - set(self.passed_over)):
+        elsewhere = [
+            f"segmentation {uid} is passed over: it is of no series that is listed here"
+            for uid in by_age
+            if known[uid]["series"] not in self._listed
+        ]
+        for line in sorted({*lines, *elsewhere} - {*self.passed_over, *self._elsewhere}):
             logger.warning("%s", line)
-        self.passed_over = tuple(sorted(lines))
+        self.passed_over, self._elsewhere = tuple(sorted(lines)), tuple(elsewhere)
 
     def _look_at_all(self, known: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Facts of all segmentations of the listed series' studies; those that are known are not downloaded again."""

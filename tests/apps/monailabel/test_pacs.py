@@ -22,6 +22,8 @@ from pydicom.uid import generate_uid  # noqa: E402
 from scripts.apps.monailabel import dicomweb_datastore  # noqa: E402
 from scripts.apps.source_headers import stacked  # noqa: E402
 from scripts.data.volumes import load_volume  # noqa: E402
+from scripts.runtime.manifest import bundle_identity  # noqa: E402
+from tests.apps.monailabel.server import Server  # noqa: E402
 from tests.data.dicom_series import rotation, write_dicom  # noqa: E402
 
 MODEL = "neuroverse3d"
@@ -204,6 +206,13 @@ def test_what_is_no_annotation_is_passed_over_and_said(tmp_path, store, make_app
     data.save_as(tmp_path / "moved.dcm")
     orthanc.send(tmp_path / "moved.dcm")
     reasons[elsewhere] = "outside of its series"
+    predicted = foreign("1.2.3.103", {"a": mask}, stored=False)
+    data = dcmread(tmp_path / f"{predicted}.dcm")
+    data.SegmentSequence[0].SegmentAlgorithmType = "AUTOMATIC"
+    data.SegmentSequence[0].SegmentAlgorithmName = bundle_identity()["name"]  # as the Deploy application writes
+    data.save_as(tmp_path / "predicted.dcm")
+    orthanc.send(tmp_path / "predicted.dcm")
+    reasons[predicted] = "a prediction, not an annotation"
     of_none = foreign("1.2.3.103", {"a": mask}, stored=False)
     data = dcmread(tmp_path / f"{of_none}.dcm")
     data.ReferencedSeriesSequence[0].SeriesInstanceUID = "1.2.3.999"
@@ -213,11 +222,11 @@ def test_what_is_no_annotation_is_passed_over_and_said(tmp_path, store, make_app
     found = app.info()
     assert found["datastore"]["completed"] == 1 and found["models"][MODEL]["labels"] == {"label 1": 1, "label 2": 2}
     lines = found["datastore"]["passed_over"]
-    assert len(lines) == len(reasons)
-    for uid, reason in reasons.items():
+    assert len(lines) == len(reasons) + 1
+    for uid, reason in (reasons | {of_none: "of no series that is listed"}).items():
         assert [reason in line for line in lines if uid in line] == [True]
     _, said = propose(app, "1.2.3.100")
-    assert set(lines) <= set(said["warnings"])
+    assert set(lines) & set(said["warnings"]) == {line for line in lines if of_none not in line}
     foreign("1.2.3.102", {"label 1": mask}, ContentDate="20000101")  # older than those that are passed over
     assert app.info()["datastore"]["completed"] == 2
 
@@ -334,3 +343,35 @@ def test_an_annotation_by_dcmqi(tmp_path, store, make_app, orthanc):
     assert app.info()["models"][MODEL]["labels"] == {"Posterior": 1, "Anterior": 2}
     label = nib.load(app.datastore().get_label_uri(series, "final"))
     assert np.array_equal(np.asarray(label.dataobj), drawn)
+
+
+def test_a_server_of_its_own(tmp_path, store, weights, make_app_dir, orthanc, monkeypatch):
+    """Over HTTP, as viewers ask: lists, annotations, a proposal, and a training, which looks from another process."""
+    monkeypatch.setenv("MONAI_LABEL_DICOMWEB_SEARCH_FILTER", '{"Modality": "MR"}')
+    monkeypatch.setenv("MONAI_LABEL_DICOMWEB_CACHE_PATH", str(tmp_path / "cache"))
+    conf = {"weights": weights, "device": "cpu", "align": "off"}
+    server = Server(make_app_dir(tmp_path), orthanc.dicomweb, tmp_path, **conf)
+    try:
+        server.wait()
+        everything = server.client.get("/datastore/", params={"output": "all"}).json()["objects"]
+        assert sorted(everything) == sorted(store) and not list((tmp_path / "cache").glob("*/*.nii.gz"))
+        for series in list(store)[1:]:
+            scan = server.client.get("/datastore/image", params={"image": series})
+            (tmp_path / "scan.nii.gz").write_bytes(scan.content)
+            label = nib.Nifti1Image(store[series], nib.load(tmp_path / "scan.nii.gz").affine)
+            nib.save(label, tmp_path / "drawn.nii.gz")
+            assert server.save(series, tmp_path / "drawn.nii.gz").status_code == 200
+        assert len(orthanc.find("Series", Modality="SEG")) == 3
+        assert server.info()["models"][MODEL]["labels"] == {"first": 1, "second": 2}
+        answer = server.answer("1.2.3.100", tmp_path)
+        assert answer.shape == (16, 18, 14) and np.asarray(answer.dataobj).any()
+        assert server.next_sample().json()["id"] == "1.2.3.100"
+        assert server.train(max_epochs=1, groups_per_epoch=1).status_code == 200
+        server.training_begins()
+        assert server.training_ends()["status"] == "DONE", server.log.read_text()
+        assert (tmp_path / "app" / "model" / "weights_0001.pt").is_file()
+        orthanc.stop()
+        gone = server.client.get("/info/")
+        assert gone.status_code == 503 and str(tmp_path) not in gone.text
+    finally:
+        server.stop()

@@ -51,6 +51,7 @@ class SegmentationWriterOperator(DICOMSegmentationWriterOperator):
         (path,) = output_dir.glob(f"*{self.DCM_EXTENSION}")
         segmentation = dcmread(path)
         segmentation.SeriesDescription = UNLIKE_DESCRIPTION if flags else SERIES_DESCRIPTION
+        segmentation.ContentCreatorName = ""  # DICOM wants it present
         source = study_selected_series_list[0].selected_series[0].series.get_sop_instances()[0]
         offset = source.get_native_sop_instance().get("TimezoneOffsetFromUTC")
         if zone := _time_zone(offset):

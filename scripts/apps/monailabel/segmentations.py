@@ -196,7 +196,7 @@ def annotation(labels: np.ndarray, names: Mapping[int, str], headers: Sequence[D
             )
         )
     numbers = np.where(labels > 0, np.searchsorted(values, labels) + 1, 0)
-    return Segmentation(
+    made = Segmentation(
         source_images=list(headers),
         pixel_array=numbers.astype(np.uint8 if len(values) < 256 else np.uint16),
         segmentation_type=SegmentationTypeValues.BINARY,
@@ -212,6 +212,8 @@ def annotation(labels: np.ndarray, names: Mapping[int, str], headers: Sequence[D
         content_label="ANNOTATION",
         series_description=f"{bundle['name']} annotation",
     )
+    made.ContentCreatorName = ""  # DICOM wants it present
+    return made
 
 
 def unnamed(value: int) -> str:

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint configs bench clean image image-test label-test deploy-test lock schema
+.PHONY: demo test lint configs bench clean image image-test label-test deploy-test pacs-test lock schema
 
 demo: $(VENV)/.ready
 	$(RUN) -m scripts.demo --output_dir demo_output --overwrite true
@@ -49,6 +49,10 @@ label-test:
 deploy-test:
 	.ci/deploy-test
 
+# Both against a PACS (Orthanc); .ci/pacs-test says what it needs.
+pacs-test:
+	.ci/pacs-test
+
 lock:
 	.ci/lock
 
@@ -60,7 +64,7 @@ schema: $(VENV)/.ready
 	    $(SCHEMA) schema/$(notdir $(SCHEMA))
 
 clean:
-	rm -rf $(VENV) .venv-label .venv-deploy demo_output .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-label .venv-deploy .venv-pacs demo_output .pytest_cache .ruff_cache
 
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'

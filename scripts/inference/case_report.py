@@ -38,10 +38,38 @@ def case_entry(target: Target, context: ContextSet, device: torch.device, second
         "peak_memory_mb": _peak_memory_mb(device),
         "contexts": {str(value): names for value, names in target.used.items()},
         "volumes_mm3": _volumes(target, context),
-        "warnings": [*target.warnings, *_warnings(target, context)],
+        "warnings": case_warnings(target, context),
         **alignment,
         **target.confidence,
     }
+
+
+def case_warnings(target: Target, context: ContextSet) -> list[str]:
+    """What a reader of a target's prediction should know."""
+    found = [*target.warnings]
+    if itself := context.same_image(target.digest):
+        found.append(f"the target is also context {context.names[itself[0]]}: it was left out of its own contexts")
+    if kin := [i for i in context.of_same_subject(target.digest) if i not in itself]:
+        names = listing([context.names[i] for i in kin])
+        found.append(f"scans of the target's own subject were left out of its contexts: {names}")
+    alone = [str(value) for value, names in target.used.items() if not names]
+    if alone and target.aligned:
+        found.append(f"no context that aligned has label {', '.join(alone)}: left empty")
+    elif alone:
+        found.append(f"no context but the target itself has label {', '.join(alone)}: left empty")
+    grid = context.preprocessing.spatial_size
+    if target.alignment is None and any(n > m for n, m in zip(target.image.shape[1:], grid, strict=True)):
+        found.append("larger than the grid at the contexts' spacing: predicted in overlapping windows")
+    if not context.generation and not target.prediction.any():
+        found.append("nothing was found: the prediction is all background")
+    return found
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    """Peak of the GPU's memory for this case, or of the whole process so far on the CPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
 def file_facts(path: str | os.PathLike) -> dict[str, Any] | None:
@@ -98,30 +126,3 @@ def _volumes(target: Target, context: ContextSet) -> dict[str, float]:
     prediction: MetaTensor = target.prediction
     voxel_mm3 = float(np.prod(nib.affines.voxel_sizes(prediction.affine.numpy())))
     return {str(value): round(int((prediction == value).sum()) * voxel_mm3, 3) for value in target.used}
-
-
-def _warnings(target: Target, context: ContextSet) -> list[str]:
-    found = []
-    if itself := context.same_image(target.digest):
-        found.append(f"the target is also context {context.names[itself[0]]}: it was left out of its own contexts")
-    if kin := [i for i in context.of_same_subject(target.digest) if i not in itself]:
-        names = listing([context.names[i] for i in kin])
-        found.append(f"scans of the target's own subject were left out of its contexts: {names}")
-    alone = [str(value) for value, names in target.used.items() if not names]
-    if alone and target.aligned:
-        found.append(f"no context that aligned has label {', '.join(alone)}: left empty")
-    elif alone:
-        found.append(f"no context but the target itself has label {', '.join(alone)}: left empty")
-    grid = context.preprocessing.spatial_size
-    if target.alignment is None and any(n > m for n, m in zip(target.image.shape[1:], grid, strict=True)):
-        found.append("larger than the grid at the contexts' spacing: predicted in overlapping windows")
-    if not context.generation and not target.prediction.any():
-        found.append("nothing was found: the prediction is all background")
-    return found
-
-
-def _peak_memory_mb(device: torch.device) -> float:
-    """Peak of the GPU's memory for this case, or of the whole process so far on the CPU."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)

@@ -56,8 +56,17 @@ def write_dicom(folder, voxels, spacing=(1.0, 1.0, 1.0), axes=None, origin=(0, 0
             data.SamplesPerPixel, data.PhotometricInterpretation, data.PlanarConfiguration = 3, "RGB", 0
             data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 8, 8, 7, 0
             data.PixelData = bytes(3 * voxels.shape[0] * voxels.shape[1])
-            data.save_as(folder / f"IM{name:04d}", enforce_file_format=True)
+            save_dicom(data, folder / f"IM{name:04d}")
             continue
         data.PixelData = voxels[:, :, number].T.astype("<i2").tobytes()
         options.get("change", lambda _, d: None)(number, data)
-        data.save_as(folder / f"{options.get('prefix', 'IM')}{name:04d}", enforce_file_format=True)
+        save_dicom(data, folder / f"{options.get('prefix', 'IM')}{name:04d}")
+
+
+def save_dicom(data, path):
+    """Write a whole file, with pydicom 3 or with pydicom 2, which MONAI Label needs."""
+    if int(pytest.importorskip("pydicom").__version__.split(".")[0]) > 2:
+        data.save_as(path, enforce_file_format=True)
+    else:
+        data.is_little_endian, data.is_implicit_VR = True, data.file_meta.TransferSyntaxUID.is_implicit_VR
+        data.save_as(path, write_like_original=False)

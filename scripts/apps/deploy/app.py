@@ -18,7 +18,6 @@ from typing import Any
 
 from monai.deploy.conditions import CountCondition
 from monai.deploy.core import Application
-from monai.deploy.operators import DICOMSegmentationWriterOperator
 from monai.deploy.operators.dicom_seg_writer_operator import SegmentDescription
 from monai.deploy.operators.dicom_utils import ModelInfo
 from pydicom.sr.coding import Code
@@ -29,6 +28,7 @@ from scripts.apps.deploy.model_folder import ModelFolder
 from scripts.apps.deploy.segments import Segment
 from scripts.apps.deploy.series_operators import HeaderLoaderOperator, OneSeriesSelectorOperator
 from scripts.apps.deploy.volume_operator import SeriesVolumeOperator
+from scripts.apps.deploy.writer_operator import SegmentationWriterOperator
 from scripts.runtime.atomic_files import write_json
 from scripts.runtime.manifest import bundle_identity, environment, file_sha256
 
@@ -38,11 +38,10 @@ RECORD = "run.json"
 """Name of the record of a run, beside the segmentation."""
 
 RESEARCH_USE = "For research use only. Not a medical device, not for clinical decisions."
-SERIES_DESCRIPTION = "RESEARCH ONLY - Neuroverse3D segmentation"
 
 
 class NeuroverseApp(Application):
-    """Loader, selector, volume, predictor and the SDK's writer of segmentations, one after the other.
+    """Loader, selector, volume, predictor and writer of segmentations, one after the other.
 
     Folders come from the SDK's ``--input``, ``--output`` and ``--model``, or from the environment variables that a
     package sets (``HOLOSCAN_INPUT_PATH``, ``HOLOSCAN_OUTPUT_PATH``, ``HOLOSCAN_MODEL_PATH``).
@@ -100,16 +99,13 @@ class NeuroverseApp(Application):
             f"{bundle['version']} {bundle['revision']}"[:64],
             generate_uid(entropy_srcs=sorted(hashes.values())),  # another one with other weights or contexts
         )
-        writer = DICOMSegmentationWriterOperator(
+        writer = SegmentationWriterOperator(
             self,
+            write_flagged=packaged.write_flagged,
             segment_descriptions=[_describe(segment, bundle) for segment in segments],
             output_folder=self._unfinished,
             model_info=model,
-            custom_tags={
-                "SeriesDescription": SERIES_DESCRIPTION,
-                "ContentLabel": "RESEARCH",
-                "ContentDescription": RESEARCH_USE[:64],
-            },
+            custom_tags={"ContentLabel": "RESEARCH", "ContentDescription": RESEARCH_USE[:64]},
             name="writer",
         )
         selected = {("study_selected_series_list", "study_selected_series_list")}
@@ -120,7 +116,7 @@ class NeuroverseApp(Application):
         self.add_flow(selector, writer, selected)
 
     def run(self) -> None:
-        """Run once; segmentation and record appear in the output folder when both are complete.
+        """Run once; segmentation and record appear in the output folder when all is complete.
 
         Raises:
             OSError, ValueError: as :meth:`compose` and the operators.

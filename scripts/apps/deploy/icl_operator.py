@@ -14,6 +14,7 @@ from monai.deploy.core import Fragment, Image, Operator, OperatorSpec
 
 from scripts.apps.deploy.segments import Segment
 from scripts.data.volumes import VolumeError
+from scripts.inference.case_report import case_warnings
 from scripts.inference.confidence import ConfidentInferer
 from scripts.inference.target import Target
 
@@ -21,11 +22,13 @@ from scripts.inference.target import Target
 class ICLOperator(Operator):
     """Input ``image``, output ``seg_image``: segment numbers 1 to K on the same voxels, 0 for background.
 
+    The output has ``flags`` in its meta data besides the input's: why the prediction is not to be trusted.
+
     Args:
         fragment: the application.
         inferer: the predictor, with its contexts.
         segments: one per label of the predictor, in its order.
-        record: takes what is to be remembered of the run.
+        record: takes what is to be remembered of the run; has ``warnings``.
         args: for the SDK.
         kwargs: for the SDK.
     """
@@ -64,18 +67,17 @@ class ICLOperator(Operator):
             raise VolumeError(f"series {image.metadata()['name']!r}", error.reason) from error
         numbers = segment_numbers(target.prediction[0].numpy(), [segment.label for segment in self.segments])
         self._note(image, target, numbers, time.monotonic() - started)
-        op_output.emit(Image(np.ascontiguousarray(numbers.T), image.metadata()), "seg_image")
+        said = image.metadata() | {"flags": target.confidence["flags"]}
+        op_output.emit(Image(np.ascontiguousarray(numbers.T), said), "seg_image")
 
     def _note(self, image: Image, target: Target, numbers: np.ndarray, seconds: float) -> None:
         counts = np.bincount(numbers.ravel(), minlength=len(self.segments) + 1)
         voxel_mm3 = float(np.prod(nib.affines.voxel_sizes(target.scan.affine.numpy())))
         self.record["series"] = image.metadata()["series"] | {"image_digest": target.digest}
         self.record["seconds"] = round(seconds, 3)
-        self.record["warnings"] = [*self.record.get("warnings", []), *target.warnings]
-        self.record |= target.confidence | {"alignment": target.alignment}
         self.record["confidence"] = target.confidence
         self.record["alignment"] = target.alignment
-        self.record["warnings"] += target.warnings
+        self.record["warnings"] += case_warnings(target, self.inferer.context)
         self.record["segments"] = [
             {
                 "segment": number,

@@ -17,7 +17,7 @@ from scripts.inference.confidence import ConfidentInferer
 from scripts.inference.contexts import ContextSet
 from scripts.runtime.commandline import refuse_unknown
 from scripts.runtime.manifest import file_sha256
-from scripts.runtime.options import normalise
+from scripts.runtime.options import flag, normalise
 from scripts.runtime.workflow import plain_errors, start_workflow
 
 WEIGHTS = "model.pt"
@@ -26,6 +26,9 @@ OPTIONS = "options.json"
 SEGMENTS = "segments.json"
 SERIES = "series.json"
 PACKAGED = "packaged.json"
+
+WRITE_FLAGGED = "write_flagged"
+"""The application's own option: false writes no segmentation of a series that is unlike every context."""
 
 MAY_BE_SET = (
     "labels",
@@ -119,8 +122,20 @@ class ModelFolder:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options of ``inference.json`` that are not at their defaults."""
+        """Options of ``inference.json`` that are not at their defaults, and perhaps :data:`WRITE_FLAGGED`."""
         return self._read(OPTIONS, {})
+
+    @property
+    def write_flagged(self) -> bool:
+        """Whether a segmentation is written of a series that is unlike every context.
+
+        Raises:
+            ValueError: the option is neither true nor false.
+        """
+        try:
+            return flag(self.options.get(WRITE_FLAGGED, True))
+        except ValueError as error:
+            raise ValueError(f"{self.path / OPTIONS}: {WRITE_FLAGGED}: {error}") from None
 
     @property
     def series_rules(self) -> str:
@@ -134,7 +149,8 @@ class ModelFolder:
             ValueError: as :func:`make_predictor`; weights or contexts are not those that were packaged.
             FileNotFoundError: as :func:`make_predictor`.
         """
-        inferer = make_predictor(self.weights, self.path / CONTEXTS, self.options)
+        options = {name: value for name, value in self.options.items() if name != WRITE_FLAGGED}
+        inferer = make_predictor(self.weights, self.path / CONTEXTS, options)
         found = self.hashes(inferer)
         changed = [name for name, packaged in self._read(PACKAGED, found).items() if found.get(name) != packaged]
         if changed:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from highdicom import PatientSexValues
 from monai.deploy.core.domain.dicom_series import DICOMSeries
 from monai.deploy.core.domain.dicom_series_selection import StudySelectedSeries
 from monai.deploy.core.domain.dicom_study import DICOMStudy
@@ -22,24 +20,13 @@ from monai.deploy.operators import DICOMDataLoaderOperator, DICOMSeriesSelectorO
 from pydicom import Dataset, dcmread
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import MediaStorageDirectoryStorage
-from pydicom.valuerep import DA, TM
+
+from scripts.apps.source_headers import fit, stacked
 
 logger = logging.getLogger(__name__)
 
 _IDENTITY = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
-_TAKEN_OVER = {
-    "PatientID": str,
-    "PatientName": str,
-    "PatientBirthDate": DA,
-    "PatientSex": PatientSexValues,
-    "AccessionNumber": str,
-    "StudyID": str,
-    "StudyDate": DA,
-    "StudyTime": TM,
-}
-"""What a segmentation takes over from its series, and what its value must be fit for. DICOM wants it present, if only
-empty; de-identification often removes it, or leaves something else."""
-_UTF_8 = "ISO_IR 192"
+_FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")
 
 
 class HeaderLoaderOperator(DICOMDataLoaderOperator):
@@ -66,7 +53,7 @@ class HeaderLoaderOperator(DICOMDataLoaderOperator):
             series = DICOMSeries(series_uid)
             series.Modality = headers[0].get("Modality")
             series.SeriesDescription = headers[0].get("SeriesDescription")
-            for header in sorted(headers, key=_place_along_normal):
+            for header in stacked(headers):
                 series.add_sop_instance(header)
             studies.setdefault(study_uid, DICOMStudy(study_uid)).add_series(series)
         return list(studies.values())
@@ -74,8 +61,11 @@ class HeaderLoaderOperator(DICOMDataLoaderOperator):
 
 def _read_header(file: str) -> Dataset | None:
     """A file's header; None for what is no DICOM or no instance."""
+    bare = _begins_without_preamble(file)
     try:
-        header = dcmread(file, stop_before_pixels=True)
+        header = dcmread(file, stop_before_pixels=True, force=bare)
+        if bare and any(name not in header for name in _IDENTITY):
+            return None
         header.decode()
     except InvalidDicomError:
         return None
@@ -85,27 +75,13 @@ def _read_header(file: str) -> Dataset | None:
         return None
     if missing := [name for name in _IDENTITY if not header.get(name)]:
         raise ValueError(f"{file} has no {', '.join(missing)}: send the series again")
-    header.SpecificCharacterSet = _UTF_8  # text is decoded by now; highdicom writes only some of the other sets
-    for name, kind in _TAKEN_OVER.items():
-        if not _is_fit(header.get(name), kind):
-            setattr(header, name, "")
-    return header
+    return fit(header)
 
 
-def _is_fit(value: Any, kind: Callable[[str], Any]) -> bool:
-    try:
-        return bool(value) and kind(str(value)) is not None
-    except ValueError:
-        return False
-
-
-def _place_along_normal(header: Dataset) -> float:
-    """Position of a slice across its plane, in mm; 0 without a position."""
-    orientation, position = header.get("ImageOrientationPatient"), header.get("ImagePositionPatient")
-    if orientation is None or position is None:
-        return 0.0
-    cosines = np.array(orientation, dtype=float)
-    return float(np.cross(cosines[:3], cosines[3:]) @ np.array(position, dtype=float))
+def _begins_without_preamble(file: str) -> bool:
+    """Whether a file begins with DICOM's first group of elements at once, as some archives and old nodes store them."""
+    with open(file, "rb") as opened:
+        return opened.read(2) in _FIRST_GROUPS
 
 
 class OneSeriesSelectorOperator(DICOMSeriesSelectorOperator):

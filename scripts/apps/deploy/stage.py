@@ -26,6 +26,7 @@ from scripts.apps.deploy.model_folder import (
     SEGMENTS,
     SERIES,
     WEIGHTS,
+    WRITE_FLAGGED,
     ModelFolder,
     make_predictor,
 )
@@ -56,6 +57,7 @@ def stage(
     align: str | None = None,
     amp: bool | str = "auto",
     seed: int = 0,
+    write_flagged: bool = True,
     overwrite: bool = False,
 ) -> None:
     """Make the folders to package, and prove that they make a predictor with the same context set.
@@ -74,6 +76,7 @@ def stage(
         align: as in inference.json.
         amp: as in inference.json.
         seed: as in inference.json.
+        write_flagged: write a segmentation of a series that is unlike every context, too, marked as such.
         overwrite: replace output_dir, if this program made it and nobody added to it.
 
     Raises:
@@ -100,7 +103,9 @@ def stage(
         made = Path(work, "made")
         _copy_application(made / "app")
         packaged = ModelFolder(made / "models" / "neuroverse3d")
-        _copy_model(packaged.path, chosen, Path(checkpoint), Path(context_dir), options)
+        _copy_model(
+            packaged.path, chosen, Path(checkpoint), Path(context_dir), options | {WRITE_FLAGGED: flag(write_flagged)}
+        )
         for file, name in ((segments, SEGMENTS), (series, SERIES)):
             if file is not None:
                 shutil.copyfile(file, packaged.path / name)
@@ -132,14 +137,14 @@ def _left_out(folder: str, names: list[str]) -> set[str]:
     """Byte code, and the other applications."""
     left_out = shutil.ignore_patterns("__pycache__", "*.pyc")(folder, names)
     if Path(folder) == _HERE.parent:
-        left_out |= set(names) - {_HERE.name, "__init__.py"}
+        left_out |= {name for name in names if Path(folder, name).is_dir()} - {_HERE.name}
     return left_out
 
 
 def _copy_model(
     folder: Path, chosen: ConfidentInferer, checkpoint: Path, context_dir: Path, options: dict[str, Any]
 ) -> None:
-    """Weights, the pairs of the context set as a dataset of its own, and the options that make the same set of it."""
+    """Weights, the pairs of the context set as a dataset of its own, and the options that go with it."""
     context = chosen.context
     (dataset,) = find_datasets(context_dir)
     cases = {case["case"]: case for case in dataset.cases(options["channel"])}

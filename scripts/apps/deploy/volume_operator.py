@@ -14,7 +14,7 @@ from monai.deploy.core.domain.dicom_series import DICOMSeries
 from SimpleITK import GetArrayFromImage
 
 from scripts.apps.deploy.series_operators import files_of
-from scripts.data.conversion.dicom import read_series
+from scripts.data.conversion.dicom_series import read_series
 from scripts.data.conversion.pairing import DicomSeries
 from scripts.data.volumes import VolumeError
 
@@ -53,8 +53,8 @@ def volume_of(series: DICOMSeries) -> Image:
     try:
         volume = read_series(DicomSeries(files[0].parent, tuple(map(str, files)), name))
     except VolumeError as error:
-        syntax = first.file_meta.TransferSyntaxUID
-        encoded = f"; its voxels are encoded as {syntax.name}" if syntax.is_compressed else ""
+        syntax = first.file_meta.get("TransferSyntaxUID")
+        encoded = f"; its voxels are encoded as {syntax.name}" if syntax and syntax.is_compressed else ""
         raise VolumeError(files[0].parent, error.reason + encoded) from error
     affine = np.eye(4)
     affine[:3, :3] = _LPS_TO_RAS @ np.array(volume.GetDirection()).reshape(3, 3) * np.array(volume.GetSpacing())

@@ -58,7 +58,8 @@ class Annotations:
         """All that are finished now."""
         with self._lock:
             pairs = self._pairs()
-            state = tuple((case, name_of_file(image), name_of_file(label)) for case, image, label in pairs)
+            files = tuple((case, name_of_file(image), name_of_file(label)) for case, image, label in pairs)
+            state = files, self._passed_over()
             if state != self._state:
                 self._found = self._inspect(pairs)
                 self._state = state
@@ -80,6 +81,9 @@ class Annotations:
         found = ((strip_ending(image) or Path(image).stem, image, label) for image, label in listed)
         return sorted(pair for pair in found if all(map(os.path.isfile, pair[1:])))
 
+    def _passed_over(self) -> tuple[str, ...]:
+        return getattr(self.datastore, "passed_over", ())  # MONAI Label's own stores have none
+
     def _inspect(self, pairs: Sequence[tuple[str, str, str]]) -> Annotated:
         cases = [{"case": case, "image": image, "label": label, "source": "studies"} for case, image, label in pairs]
         inspected = inspect_cases(cases, self.record)
@@ -89,6 +93,7 @@ class Annotations:
             for case in inspected
             if case["problems"]
         )
+        left_out += self._passed_over()
         names: dict[int, str] = {}
         for case in sound:
             given = self.names_of(case["case"])

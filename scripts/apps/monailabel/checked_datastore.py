@@ -36,6 +36,9 @@ class CheckedDatastore(LocalDatastore):
         options: as in the base class.
     """
 
+    passed_over: tuple[str, ...] = ()
+    """A line for each thing that was found and is not used, with the reason."""
+
     def __init__(self, studies: str, extensions: list[str], **options: Any) -> None:
         super().__init__(studies, extensions=[e for e in extensions if e.endswith(SCANS)], **options)
 
@@ -80,7 +83,7 @@ class CheckedDatastore(LocalDatastore):
                 raise ValueError(f"not saved, for it is no annotation of {image_id}: {'; '.join(found['problems'])}")
             if label_tag == FINAL:
                 self._check_names(image_id, given_names(label_info or {}), list(found["values"]))
-            return super().save_label(image_id, label_filename, label_tag, label_info)
+            return self._keep_label(image_id, label_filename, label_tag, label_info or {})
 
     @clear_statuses()
     def remove_label(self, label_id: str, label_tag: str) -> None:
@@ -146,6 +149,10 @@ class CheckedDatastore(LocalDatastore):
         if not self.datalist():
             raise NotFoundError("no finished annotation")
         return super().get_dataset_archive(limit_cases)
+
+    def _keep_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
+        """Store what was found to be sound."""
+        return super().save_label(image_id, label_filename, label_tag, label_info)
 
     def _check_names(self, image_id: str, names: dict[int, str], values: list[int]) -> None:
         for other in self.get_labeled_images():

@@ -16,17 +16,19 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag  # noqa: 
 from monailabel.interfaces.tasks.infer_v2 import InferTask  # noqa: E402
 from monailabel.interfaces.tasks.strategy import Strategy  # noqa: E402
 from monailabel.interfaces.tasks.train import TrainTask  # noqa: E402
-from monailabel.tasks.activelearning.random import Random  # noqa: E402
+from monailabel.utils.others.generic import md5_digest  # noqa: E402
 
 from scripts.apps.monailabel.annotations import FINAL, RECORD, Annotations  # noqa: E402
 from scripts.apps.monailabel.checked_datastore import CheckedDatastore  # noqa: E402
+from scripts.apps.monailabel.dicom_server import DicomServer  # noqa: E402
+from scripts.apps.monailabel.dicomweb_datastore import DicomwebDatastore  # noqa: E402
 from scripts.apps.monailabel.guard import protect  # noqa: E402
 from scripts.apps.monailabel.infer import InContextSegmentation  # noqa: E402
 from scripts.apps.monailabel.model_folder import ModelFolder  # noqa: E402
 from scripts.apps.monailabel.predictors import Predictors, app_options  # noqa: E402
 from scripts.apps.monailabel.sessions import CheckedSessions  # noqa: E402
 from scripts.apps.monailabel.statuses import NotFoundError, clear_statuses  # noqa: E402
-from scripts.apps.monailabel.strategy import LeastConfident  # noqa: E402
+from scripts.apps.monailabel.strategy import LeastConfident, RandomReadable  # noqa: E402
 from scripts.apps.monailabel.train import FineTuning  # noqa: E402
 from scripts.apps.monailabel.uploads import check_file, check_tag, is_received, leads_elsewhere  # noqa: E402
 
@@ -61,9 +63,18 @@ class InContextApp(MONAILabelApp):
         )
 
     def init_datastore(self) -> Datastore:
-        """A folder's datastore checks what is saved; a remote one is checked when it is read."""
+        """A folder, or a DICOMweb server; XNAT and DSA are MONAI Label's own."""
         if self.studies.startswith(("http://", "https://")):
-            return super().init_datastore()
+            if settings.MONAI_LABEL_DATASTORE.lower() in ("xnat", "dsa"):
+                return super().init_datastore()
+            self.studies = self.studies.rstrip("/ ")
+            folder = settings.MONAI_LABEL_DICOMWEB_CACHE_PATH.strip() or Path.home() / ".cache" / "neuroverse3d"
+            return DicomwebDatastore(
+                DicomServer.at(self.studies),
+                settings.MONAI_LABEL_DICOMWEB_SEARCH_FILTER,
+                Path(folder, f"dicomweb_{md5_digest(self.studies)}"),
+                settings.MONAI_LABEL_DICOMWEB_CACHE_EXPIRY,
+            )
         return CheckedDatastore(
             self.studies,
             extensions=settings.MONAI_LABEL_DATASTORE_FILE_EXT,
@@ -83,7 +94,12 @@ class InContextApp(MONAILabelApp):
 
     def init_strategies(self) -> dict[str, Strategy]:
         """What to annotate next."""
-        return {"least_confident": LeastConfident(self.predictors), "random": Random()}
+        return {"least_confident": LeastConfident(self.predictors), "random": RandomReadable()}
+
+    def info(self) -> dict[str, Any]:
+        """As the base class, of the studies as they are now."""
+        self.datastore().refresh()
+        return super().info()
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         """A proposal for a scan of the studies, or one that was sent for this; errors as HTTP statuses."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from monailabel.tasks.activelearning.random import Random
 from scripts.apps.monailabel.predictors import Predictors
 from scripts.apps.monailabel.statuses import SameScanError, TooFewAnnotationsError
 from scripts.apps.monailabel.uploads import setting
+from scripts.data.volumes import VolumeError
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class LeastConfident(Strategy):
     def __init__(self, predictors: Predictors) -> None:
         super().__init__("The scan that the model is least sure about")
         self.predictors = predictors
-        self._random = Random()
+        self._random = RandomReadable()
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any] | None:
         """Choose.
@@ -53,22 +54,23 @@ class LeastConfident(Strategy):
             for time in sorted(set(proposed.values())):
                 pool = [image for image in waiting if proposed[image] == time]
                 picks = np.unique(np.linspace(0, len(pool) - 1, count).round().astype(int))
-                if found := self._agreements({pool[i]: datastore.get_image_uri(pool[i]) for i in picks}):
+                if found := self._agreements([pool[i] for i in picks], datastore):
                     chosen = min(found, key=found.get)
                     return {"id": chosen, "agreement": round(found[chosen], 4), "looked_at": len(found)}
         except TooFewAnnotationsError:
             return self._random(request, datastore)
         return None
 
-    def _agreements(self, images: Mapping[str, str]) -> dict[str, float]:
-        """By id, of the images (id -> path) that can be predicted.
+    def _agreements(self, images: Sequence[str], datastore: Datastore) -> dict[str, float]:
+        """By id, of the images that can be predicted.
 
         Raises:
             TooFewAnnotationsError: there is nothing to predict from.
         """
         found = {}
-        for image, path in images.items():
+        for image in images:
             try:
+                path = datastore.get_image_uri(image)
                 with self.predictors.for_target(path) as prepared:
                     agreement = prepared.predict(path).confidence["agreement"]
                     found[image] = float(np.mean(list(agreement.values())))
@@ -77,6 +79,20 @@ class LeastConfident(Strategy):
                     raise
                 logger.warning("%s is not proposed: %s", image, error)
         return found
+
+
+class RandomReadable(Random):
+    """MONAI Label's random choice, of the scans that can be read."""
+
+    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any] | None:
+        """Choose; None if there is no scan that can be read."""
+        while found := super().__call__(request, datastore):
+            try:
+                datastore.get_image_uri(found["id"])
+                return found
+            except VolumeError as error:  # which the datastore does not offer again
+                logger.warning("%s is not proposed: %s", found["id"], error)
+        return None
 
 
 def _last_proposed(datastore: Datastore, image: str, strategy: str) -> int:

@@ -1,23 +1,16 @@
-"""DICOM folders -> cases, and series -> NIfTI, by SimpleITK (optional: ``pip install SimpleITK``).
-
-SimpleITK's reader sorts the slices, but it takes any set of them for a regular grid. A series that is none (missing
-slices, gantry tilt, several volumes or orientations) would end up in the wrong place, and is refused here.
-"""
+"""DICOM folders -> cases, and series -> NIfTI, by SimpleITK (optional: ``pip install SimpleITK``)."""
 
 from __future__ import annotations
 
 import logging
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from monai.utils import optional_import
 from tqdm import tqdm
 
+from scripts.data.conversion.dicom_series import quiet, read_series, simpleitk
 from scripts.data.conversion.pairing import (
     DicomSeries,
     Key,
@@ -30,17 +23,11 @@ from scripts.data.conversion.pairing import (
     match,
     visible_files,
 )
-from scripts.data.nnunet import DatasetError
-from scripts.data.volumes import VolumeError, strip_ending
+from scripts.data.volumes import strip_ending
 
 logger = logging.getLogger(__name__)
 
-_DESCRIPTION, _POSITION, _ORIENTATION = "0008|103e", "0020|0032", "0020|0037"
-_RESCALE = ("0028|1052", "0028|1053")  # intercept and slope
-_ORIENTATION_TOLERANCE = 1e-3  # of direction cosines, which are written with few digits
-_SPACING_TOLERANCE = 0.5  # of the distance between slices; a missing slice makes it 1
-_SAME_POSITION_MM = 0.01  # between slices; less is rounding
-_POSITION_TOLERANCE_MM = 0.15  # of any slice from its place in a regular grid; some scanners round to 0.1 mm
+_DESCRIPTION = "0008|103e"
 
 
 def pair_dicom(
@@ -63,7 +50,7 @@ def pair_dicom(
         ValueError: a pattern is not usable, or given twice.
     """
     root = existing_folder(root)
-    _simpleitk(root)
+    simpleitk(root)
     patterns = list(image_patterns or ())
     checked_patterns(patterns, mask_pattern)
     channels: list[dict[Key, list[DicomSeries]]] = [defaultdict(list) for _ in patterns or [""]]
@@ -105,47 +92,14 @@ def write_series(series: DicomSeries, path: Path) -> None:
     Raises:
         VolumeError: as :func:`read_series`.
     """
-    _simpleitk(series.path).WriteImage(read_series(series), str(path))
-
-
-def read_series(series: DicomSeries) -> Any:
-    """The volume of a series, as a SimpleITK image; compressed slices are decoded, and rescaled each by its own header.
-
-    Args:
-        series: the slices.
-
-    Raises:
-        VolumeError: the slices cannot be read, are no regular grid, or lie in one multi-frame file.
-    """
-    sitk = _simpleitk(series.path)
-    if len(series.files) == 1:  # GDCM takes the frames of a file for one stack in order, whatever they are
-        raise VolumeError(
-            series.path,
-            f"({series.description!r}) is a single slice or a multi-frame file; convert the latter with dcm2niix",
-        )
-    with _quiet(sitk):
-        reader = sitk.ImageSeriesReader()
-        reader.SetFileNames(series.files)
-        reader.MetaDataDictionaryArrayUpdateOn()
-        try:
-            volume = reader.Execute()
-            if not _same_rescale(reader, len(series.files)):  # the first slice's data type does not hold the others
-                reader.SetOutputPixelType(sitk.sitkFloat32)
-                volume = reader.Execute()
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise VolumeError(series.path, f"({series.description!r}) cannot be read ({reason})") from error
-        if volume.GetNumberOfComponentsPerPixel() > 1:
-            raise VolumeError(series.path, f"({series.description!r}) is a colour image")
-        _check_grid(series, volume, reader)
-    return volume
+    simpleitk(series.path).WriteImage(read_series(series), str(path))
 
 
 def _series_below(root: Path) -> Iterator[tuple[Path, list[DicomSeries]]]:
-    sitk = _simpleitk(root)
+    sitk = simpleitk(root)
     folders = sorted({path.parent for path in visible_files(root) if not strip_ending(path)})
     for folder in folders:
-        with _quiet(sitk):
+        with quiet(sitk):
             ids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
             several = [_describe(sitk, folder, uid) for uid in ids]
         if several:
@@ -173,51 +127,3 @@ def _masks(root: Path, pattern: str) -> dict[Key, list[Path]]:
     if not found:
         raise FileNotFoundError(f"{root}: no file matches --mask_pattern {pattern!r} (None: there are no masks)")
     return found
-
-
-def _same_rescale(reader: Any, slices: int) -> bool:
-    """Whether all slices are rescaled alike."""
-    present = [[reader.GetMetaData(i, k) for k in _RESCALE if reader.HasMetaDataKey(i, k)] for i in range(slices)]
-    return all(rescale == present[0] for rescale in present)
-
-
-def _check_grid(series: DicomSeries, volume: Any, reader: Any) -> None:
-    """Compare every slice's own position and orientation with the volume's."""
-    slices = range(len(series.files))
-    if not all(reader.HasMetaDataKey(i, key) for i in slices for key in (_POSITION, _ORIENTATION)):
-        raise VolumeError(series.path, f"({series.description!r}) has slices without position or orientation")
-    positions, orientations = (
-        np.array([[float(v) for v in reader.GetMetaData(i, key).split("\\")] for i in slices])
-        for key in (_POSITION, _ORIENTATION)
-    )
-    if np.abs(orientations - orientations[0]).max() > _ORIENTATION_TOLERANCE:
-        raise VolumeError(series.path, f"({series.description!r}) has slices of several orientations")
-    expected = np.array([volume.TransformIndexToPhysicalPoint((0, 0, i)) for i in slices])
-    steps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
-    if steps.min() < _SAME_POSITION_MM:
-        raise VolumeError(series.path, f"({series.description!r}) has several slices at one position")
-    scatter = np.ptp(steps) / steps.mean()
-    if scatter > _SPACING_TOLERANCE or np.abs(positions - expected).max() > _POSITION_TOLERANCE_MM:
-        reason = "has slices that are shifted against each other (gantry tilt)"
-        if scatter > 0.1:
-            distances = f"distances from {steps.min():.3f} to {steps.max():.3f} mm"
-            reason = f"lacks slices or has them unevenly spaced ({distances})"
-        raise VolumeError(series.path, f"({series.description!r}) {reason}")
-
-
-@contextmanager
-def _quiet(sitk: Any) -> Iterator[None]:
-    """GDCM writes a line for each file that is no DICOM; what matters comes as an exception."""
-    before = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        yield
-    finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(before)
-
-
-def _simpleitk(path: str | os.PathLike) -> Any:
-    sitk, installed = optional_import("SimpleITK")
-    if not installed:
-        raise DatasetError(f"{path}: DICOM needs a reader that is not installed: pip install SimpleITK")
-    return sitk

@@ -118,6 +118,39 @@ def test_the_record_of_the_run(tmp_path, model, make_scan, to_dicom, run_app, re
     assert "Doe" not in text and "P1" not in text
 
 
+def test_a_series_unlike_every_context_is_marked(
+    tmp_path, make_model, write_nifti, to_dicom, run_app, read_segmentation, answer_of
+):
+    """As ``inference.json`` flags it: in the record, and for whoever sees the segmentation alone."""
+    model = make_model(tmp_path / "models", contexts=4)
+    ramp = np.add.outer(np.arange(20), np.zeros((20, 20))).astype(np.int16)  # nothing of the contexts' layout
+    dicom = to_dicom(write_nifti(tmp_path / "scan.nii.gz", ramp), tmp_path / "dicom")
+    output = run_app(dicom, model)
+    record = json.loads((output / RECORD).read_text())
+    answer_of(tmp_path / "scan.nii.gz", model)
+    (report,) = json.loads((tmp_path / "inference" / "report.json").read_text())["cases"].values()
+    said = record["confidence"]
+    assert any("unlike every context" in flag for flag in said["flags"])
+    assert said == {name: report[name] for name in said}
+    assert set(report["warnings"]) <= set(record["warnings"])
+    description = read_segmentation(output).SeriesDescription
+    assert "UNLIKE EVERY EXAMPLE" in description and "RESEARCH ONLY" in description and len(description) <= 64
+
+    for choice, files in (("false", {RECORD}), (False, {RECORD})):
+        (model / "options.json").write_text(json.dumps({"align": "off", "write_flagged": choice}))
+        output = run_app(dicom, model, tmp_path / f"none {choice!r}")
+        assert {path.name for path in output.iterdir()} == files
+        record = json.loads((output / RECORD).read_text())
+        assert record["output"] == [] and record["confidence"] == said
+    known = np.asarray(nib.load(model / "contexts" / "imagesTr" / "case_01_0000.nii.gz").dataobj)
+    usual = write_nifti(tmp_path / "usual.nii.gz", 2 * known)
+    usual = to_dicom(usual, tmp_path / "usual")
+    assert "UNLIKE" not in read_segmentation(run_app(usual, model, tmp_path / "usual_out")).SeriesDescription
+    (model / "options.json").write_text(json.dumps({"write_flagged": "perhaps"}))
+    with pytest.raises(ValueError, match="options.json: write_flagged: expected true or false, got 'perhaps'"):
+        run_app(dicom, model, tmp_path / "refused")
+
+
 def test_other_contexts_give_another_device(tmp_path, make_model, make_scan, to_dicom, run_app, read_segmentation):
     """What made a segmentation is told apart by weights and contexts, in the DICOM file too."""
     dicom = to_dicom(make_scan(tmp_path / "scan.nii.gz"), tmp_path / "dicom")

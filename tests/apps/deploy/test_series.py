@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import UTC, datetime, timedelta
 
 import nibabel as nib
 import numpy as np
@@ -104,7 +105,7 @@ def test_two_volumes_in_one_series(tmp_path, scan, make_scan, to_dicom, refused)
     dicom = to_dicom(scan, tmp_path / "dicom", series="1.2.34")
     other = make_scan(tmp_path / "other.nii.gz", OBLIQUE, size=(14, 16, 8), seed=1)
     to_dicom(other, dicom, prefix="E", series="1.2.34")
-    refused(dicom, "'T1'.*has several slices at one position")
+    refused(dicom, "'T1'.*has several slices at one position: 2 volumes of 8")
 
 
 def test_slices_of_several_orientations(tmp_path, make_scan, to_dicom, refused):
@@ -120,9 +121,21 @@ def test_gantry_tilt(tmp_path, scan, to_dicom, refused):
     refused(dicom, r"gantry tilt|unevenly spaced")
 
 
-def test_a_single_slice_or_multi_frame_file(tmp_path, make_scan, to_dicom, refused):
-    refused(to_dicom(make_scan(tmp_path / "one.nii.gz", size=(12, 12, 8)), tmp_path / "dicom",
-                     missing=range(1, 8)), "single slice or a multi-frame file")  # fmt: skip
+def test_a_single_slice(tmp_path, make_scan, to_dicom, refused):
+    scan = make_scan(tmp_path / "one.nii.gz", size=(12, 12, 8))
+    refused(to_dicom(scan, tmp_path / "dicom", missing=range(1, 8)), "is a single slice$")
+
+
+@pytest.mark.parametrize("name, value, said", [
+    ("ImageType", ["ORIGINAL", "PRIMARY", "M", "MOSAIC"], "is made of mosaics.*dcm2niix"),
+    ("SOPClassUID", "1.2.840.10008.5.1.4.1.1.4.1", "is enhanced DICOM.*dcm2niix"),
+])  # fmt: skip
+def test_files_that_hold_a_volume_each(tmp_path, scan, to_dicom, refused, name, value, said):
+    def change(number, data):
+        setattr(data, name, value)
+        data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID
+
+    refused(to_dicom(scan, tmp_path / "dicom", change=change), said)
 
 
 def test_a_colour_series(tmp_path, scan, to_dicom, refused):
@@ -154,6 +167,20 @@ def test_a_truncated_file(tmp_path, scan, to_dicom, refused):
     for part in (len(whole) - 100, 600):
         path.write_bytes(whole[:part])
         refused(dicom, "cannot be read|lacks slices|has no")
+
+
+def test_directions_that_scanners_round(tmp_path, model, scan, to_dicom, run_app, read_segmentation):
+    """A tilted series of GE: the seventh decimal changes from slice to slice; highdicom wants none to."""
+    rng = np.random.default_rng(0)
+
+    def noise(number, data):
+        data.ImageOrientationPatient = [f"{float(v) + rng.normal(0, 3e-7):.9f}" for v in data.ImageOrientationPatient]
+
+    plain, noisy = to_dicom(scan, tmp_path / "plain"), to_dicom(scan, tmp_path / "noisy", change=noise)
+    answers = [read_segmentation(run_app(d, model, tmp_path / f"out {d.name}")) for d in (plain, noisy)]
+    assert answers[0].PixelData == answers[1].PixelData and answers[0].pixel_array.any()
+    volumes = [answer.get_volume(combine_segments=True) for answer in answers]
+    assert np.allclose(volumes[0].affine, volumes[1].affine, atol=1e-4)
 
 
 # --- how it is encoded
@@ -205,6 +232,20 @@ def test_a_codec_that_is_not_known(tmp_path, scan, to_dicom, refused):
     refused(dicom, "'T1'.*cannot be read.*encoded as High-Throughput JPEG 2000")
 
 
+def test_files_without_a_header_of_their_own(tmp_path, model, scan, to_dicom, run_app, read_segmentation):
+    """A bare data set, without preamble and file meta information; beside it what only begins like one."""
+    plain, bare = (to_dicom(scan, tmp_path / name) for name in ("plain", "bare"))
+    for path in bare.iterdir():
+        data = dcmread(path)
+        data.preamble = None
+        del data.file_meta
+        data.save_as(path, enforce_file_format=False, implicit_vr=True, little_endian=True)
+        assert path.read_bytes()[:2] == b"\x08\x00"
+    (bare / "other").write_bytes(b"\x08\x00" + bytes(range(256)))
+    answers = [read_segmentation(run_app(d, model, tmp_path / f"out {d.name}")) for d in (plain, bare)]
+    assert answers[0].PixelData == answers[1].PixelData and answers[0].pixel_array.any()
+
+
 # --- what else is in the files
 
 
@@ -248,6 +289,18 @@ def test_values_that_are_not_as_dicom_has_them_are_left_empty(
     found = read_segmentation(run_app(to_dicom(scan, tmp_path / "dicom", attributes=wrong), model))
     assert not any((found.PatientSex, found.PatientBirthDate, found.StudyTime))
     assert found.PatientName == "ANON0001" and found.StudyDate == "20240102"
+
+
+@pytest.mark.parametrize("zone", ["+1345", None])
+def test_the_time_zone_is_the_series_own(tmp_path, model, scan, to_dicom, run_app, read_segmentation, zone):
+    attributes = {"TimezoneOffsetFromUTC": zone} if zone else {}
+    before = datetime.now(UTC)
+    found = read_segmentation(run_app(to_dicom(scan, tmp_path / "dicom", attributes=attributes), model))
+    assert found.get("TimezoneOffsetFromUTC") == zone
+    if zone:
+        for name in ("Series", "Content", "InstanceCreation"):
+            said = f"{found[name + 'Date'].value}{found[name + 'Time'].value} {zone}"
+            assert before - timedelta(seconds=1) < datetime.strptime(said, "%Y%m%d%H%M%S %z") <= datetime.now(UTC)
 
 
 def test_a_medium_with_its_directory(tmp_path, model, scan, to_dicom, run_app):

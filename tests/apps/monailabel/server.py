@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,15 +14,11 @@ import httpx
 import nibabel as nib
 import numpy as np
 
+from tests.apps.ports import free_port
+
 SHIM = Path(__file__).parent / "shim"
 MODEL = "neuroverse3d"
 NAMES = {1: "first", 2: "second"}
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Server:

@@ -65,9 +65,9 @@ def test_the_image_is_built_from_what_the_repository_has():
         assert needed in kept
     assert "USER 10001:10001" in content and "--require-hashes" in content
     schema = json.loads(Path("configs/metadata.json").read_text())["schema"].rpartition("/")[2]
-    from scripts.container import VERBS
+    from scripts.apps.command.verbs import VERBS
 
-    assert VERBS["verify_metadata"].defaults["filepath"].endswith(f"/schema/{schema}")
+    assert VERBS["verify_metadata"].fixed["filepath"].endswith(f"/schema/{schema}")
 
 
 def test_monai_loads_a_copy_of_the_bundle(tmp_path, monkeypatch):

@@ -32,10 +32,12 @@ _KEYS = {"sub", "ses", "run"}
 """Entities that tell cases apart."""
 
 _RESAMPLED = {"space", "res", "den", "cohort"}
-"""Entities of files on another grid than the subject's own."""
+"""Entities of files on another grid than the subject's own, but for ``space-orig``, which is that one."""
 
 
-def pair_bids(root: str | Path, image_patterns: Sequence[str], mask_pattern: str | None) -> RawDataset:
+def pair_bids(
+    root: str | Path, image_patterns: Sequence[str], mask_pattern: str | None, mask_root: str | Path | None = None
+) -> RawDataset:
     """Pair by subject, session and run.
 
     A run that not all files of a session name is left out of the case's name, if it is the only one. Any other entity
@@ -50,6 +52,7 @@ def pair_bids(root: str | Path, image_patterns: Sequence[str], mask_pattern: str
             (``derivatives/PIPELINE/*_desc-preproc_T1w.nii.gz``) it is looked for in the ``anat`` folders below it.
         mask_pattern: such as ``*_dseg.nii.gz``, looked for below ``derivatives`` (below ``root``, if it has no such
             folder: it is a pipeline's own then), or below the folder in front of it. None if there are no masks.
+        mask_root: derivative dataset that holds the masks, wherever it is; None looks below ``root``.
 
     Raises:
         FileNotFoundError: no such folder, or a pattern matches nothing.
@@ -60,7 +63,10 @@ def pair_bids(root: str | Path, image_patterns: Sequence[str], mask_pattern: str
     patterns = checked_patterns(image_patterns, mask_pattern)
     if not any(root.glob("sub-*")):
         raise DatasetError(f"{root} holds no sub-* folders: --source bids takes the root of a BIDS dataset")
-    roles = [_find(root, pattern, is_mask=pattern is mask_pattern) for pattern in patterns]
+    masks_in = existing_folder(mask_root) if mask_root is not None else root
+    roles = [
+        _find(masks_in if pattern is mask_pattern else root, pattern, pattern is mask_pattern) for pattern in patterns
+    ]
     found = [matching for matching, _ in roles]
     keys = {scan: _keys([files.get(scan, {}) for files in found]) for scan in set().union(*found)}
     by_key: list[dict[Key, list[Path]]] = [defaultdict(list) for _ in patterns]
@@ -99,7 +105,7 @@ def _find(root: Path, pattern: str, is_mask: bool) -> tuple[dict[Key, _Runs], di
         raise FileNotFoundError(f"{base}: no file in {where} matches --{option}_pattern {pattern!r}{none}")
     if () not in by_unasked:
         (entities, files), *more = by_unasked.items()
-        if more or _RESAMPLED & {key for key, _ in entities}:
+        if more or _RESAMPLED & {key for key, value in entities if (key, value) != ("space", "orig")}:
             there = ", ".join(f"{_text(e)} ({len(f)} files)" for e, f in sorted(by_unasked.items()))
             one = name.replace("*_", f"*_{_text(entities)}_", 1)
             raise DatasetError(

@@ -29,6 +29,10 @@ ENTITIES = {
 """Long name of an entity -> what it is in file names, in the order in which it stands there (BIDS 1.11)."""
 
 _KEYS = tuple(ENTITIES.values())
+_GRID = {"space": "orig", "res": None, "den": None, "cohort": None}
+"""Entities that tell of a grid, and what those that are absent stand for."""
+_OF_DERIVATIVES = {*_GRID, "desc", "label", "atlas", "seg", "scale"}
+"""Entities that tell how a file was made, not what it is of."""
 _NAME = re.compile(r"((?:[a-z]+-[0-9A-Za-z+]+_)+)([0-9A-Za-z]+)", re.ASCII)
 _FORM = 'expected filters of scans, {"t1w": {"session": "02", "acquisition": null, "run": ["1", "2"]}}'
 _SHOWN = 8
@@ -179,6 +183,43 @@ def read_filters(path: str | Path, suffix: str = "T1w") -> dict[str, Any]:
         labels = [one.removeprefix(prefix) if one else one for one in labels]
         found[key] = labels if isinstance(label, list) else labels[0]
     return found
+
+
+def pair_with_scans(
+    masks: Sequence[BidsFile], scans: Sequence[BidsFile]
+) -> tuple[list[tuple[BidsFile, BidsFile]], list[BidsFile]]:
+    """Label maps with the scans that they are of.
+
+    Those are of the same subject and session and on the same grid; no entity of the acquisition that both name differs,
+    and of several scans it is the one that shares most of them.
+
+    Returns:
+        The pairs, and the label maps without a scan.
+
+    Raises:
+        DatasetError: a label map could be of several scans.
+    """
+    pairs, alone = [], []
+    for mask in masks:
+        fitting = [scan for scan in scans if _may_be_of(mask, scan)]
+        shared = [len(mask.entities.items() & scan.entities.items()) for scan in fitting]
+        best = [scan for scan, count in zip(fitting, shared, strict=True) if count == max(shared)]
+        if len(best) > 1:
+            raise DatasetError(f"{mask.path.name} could be of {' or '.join(scan.path.name for scan in best)}")
+        if best:
+            pairs.append((mask, best[0]))
+        else:
+            alone.append(mask)
+    return pairs, alone
+
+
+def _may_be_of(mask: BidsFile, scan: BidsFile) -> bool:
+    own, other = mask.entities, scan.entities
+    if any(own.get(key) != other.get(key) for key in ("sub", "ses")):
+        return False
+    if any(own.get(key, same) != other.get(key, same) for key, same in _GRID.items()):
+        return False
+    return all(own[key] == other[key] for key in own.keys() & other.keys() - _OF_DERIVATIVES)
 
 
 def dataset_name(root: str | Path) -> str:

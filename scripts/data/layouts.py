@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from scripts.data.bids import find_scans, is_bids, label_names, same_names
+from scripts.data.bids import BidsFile, find_scans, is_bids, label_names, pair_with_scans, read_name, same_names
 from scripts.data.conversion.bids import pair_bids
-from scripts.data.conversion.pairing import RawDataset
 from scripts.data.files import DatasetError, image_files
 from scripts.data.nnunet import NnunetDataset, split_channel
 from scripts.data.volumes import strip_ending
@@ -184,40 +183,37 @@ def _pairs_by_name(files: Sequence[Path], where: str) -> Found:
 
 
 def _derivative(folder: Path, suffix: str, mask_pattern: str | None, raw: str | Path | None) -> Found:
-    """Pairs of a BIDS dataset's scans with a derivative's label maps, wherever the scans are."""
-    masks = mask_pattern or "*_dseg.nii.gz"
-    homes = [home for home in (folder, raw, _raw_of(folder)) if home is not None]
-    faults = []
-    for home in dict.fromkeys(map(Path, homes)):
+    """Pairs of a BIDS dataset's label maps with their scans, wherever those are."""
+    masks = _masks_of(folder, mask_pattern or "*_dseg.nii.gz")
+    homes = dict.fromkeys(Path(home) for home in (folder, raw, _raw_of(folder)) if home is not None)
+    for home in homes:
         try:
-            found = _scans_with_masks(pair_bids(home, [f"*_{suffix}.nii.gz"], masks, folder))
-        except FileNotFoundError as error:
-            faults.append(error)
+            pairs, alone = pair_with_scans(masks, find_scans(home, suffix=suffix))
+        except FileNotFoundError:
             continue
-        images, labels = [str(case.images[0].path) for case in found], [case.mask for case in found]
-        names = same_names(label_names(label, folder) for label in labels)
-        what = (
-            f"a BIDS {'dataset' if home == folder else 'derivative'}, *_{suffix} with {masks.removesuffix('.nii.gz')}"
-        )
-        return _paired(images, [str(label) for label in labels], what, names)
-    raise faults[-1] if faults else DatasetError(f"{folder}: no example pairs: {_PAIRS}")
+        if not pairs:
+            continue
+        names = same_names(label_names(mask.path, folder) for mask, _ in pairs)
+        images, labels = [str(scan.path) for _, scan in pairs], [str(mask.path) for mask, _ in pairs]
+        left_out = f" ({len(alone)} without a scan left out)" if alone else ""
+        return _paired(images, labels, f"a BIDS dataset's *_{suffix} with *_{masks[0].suffix}{left_out}", names)
+    raise DatasetError(f"{folder}: no *_{suffix} of its label maps in {' or '.join(map(str, homes))}: {_PAIRS}")
+
+
+def _masks_of(folder: Path, pattern: str) -> list[BidsFile]:
+    """The label maps that a pattern chooses, of the dataset itself or else of its derivatives."""
+    try:
+        dataset = pair_bids(folder, [pattern], None)
+    except FileNotFoundError:
+        if not (folder / "derivatives").is_dir():
+            raise
+        dataset = pair_bids(folder, [f"derivatives/{pattern}"], None)
+    if faulty := [f"{case.case}: {'; '.join(case.problems)}" for case in dataset.cases if case.problems]:
+        raise DatasetError(f"{folder}: {'; '.join(faulty[:_SHOWN])}: choose with --mask_pattern")
+    named = (read_name(case.images[0].path) for case in dataset.cases)
+    return [name for name in named if name is not None]
 
 
 def _raw_of(derivative: Path) -> Path | None:
     """The dataset around a derivative: ``RAW/derivatives/PIPELINE``."""
     return next((path.parent for path in derivative.parents if path.name == "derivatives"), None)
-
-
-def _scans_with_masks(dataset: RawDataset) -> list:
-    """Cases that have a mask; scans without one are no examples.
-
-    Raises:
-        DatasetError: what has a mask cannot be paired, or nothing has.
-    """
-    found = [case for case in dataset.cases if case.mask is not None]
-    if faulty := [f"{case.case or case.mask}: {'; '.join(case.problems)}" for case in found if case.problems]:
-        more = f"; and {len(faulty) - _SHOWN} more" if len(faulty) > _SHOWN else ""
-        raise DatasetError(f"{dataset.root}: {'; '.join(faulty[:_SHOWN])}{more}")
-    if not found:
-        raise FileNotFoundError(f"{dataset.root}: no scan has a label map: {_PAIRS}")
-    return found

@@ -95,6 +95,10 @@ VERBS: dict[str, Verb] = {
         needs={"prediction_dir": OUT, "reference_dir": f"{DATA}/labelsTr", "output_dir": f"{OUT}/scores"},
         usage="PREDICTIONS --reference LABELS --output OUT [OPTIONS]",
     ),
+    "bids": Verb(
+        "BIDS App: a BIDS dataset in, a BIDS derivative out", "scripts.apps.bids",
+        usage="BIDS_DIR OUT participant|group --examples EXAMPLES [OPTIONS]",
+    ),
     "prepare": Verb(
         "nnU-Net folders from other files, the Decathlon, BIDS or DICOM", "scripts.prepare_data", word="input_dir",
         needs={"input_dir": DATA, "output_dir": OUT}, also=("prepare_data",),

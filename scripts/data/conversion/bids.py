@@ -35,9 +35,7 @@ _RESAMPLED = {"space", "res", "den", "cohort"}
 """Entities of files on another grid than the subject's own, but for ``space-orig``, which is that one."""
 
 
-def pair_bids(
-    root: str | Path, image_patterns: Sequence[str], mask_pattern: str | None, mask_root: str | Path | None = None
-) -> RawDataset:
+def pair_bids(root: str | Path, image_patterns: Sequence[str], mask_pattern: str | None) -> RawDataset:
     """Pair by subject, session and run.
 
     A run that not all files of a session name is left out of the case's name, if it is the only one. Any other entity
@@ -52,7 +50,6 @@ def pair_bids(
             (``derivatives/PIPELINE/*_desc-preproc_T1w.nii.gz``) it is looked for in the ``anat`` folders below it.
         mask_pattern: such as ``*_dseg.nii.gz``, looked for below ``derivatives`` (below ``root``, if it has no such
             folder: it is a pipeline's own then), or below the folder in front of it. None if there are no masks.
-        mask_root: derivative dataset that holds the masks, wherever it is; None looks below ``root``.
 
     Raises:
         FileNotFoundError: no such folder, or a pattern matches nothing.
@@ -63,10 +60,7 @@ def pair_bids(
     patterns = checked_patterns(image_patterns, mask_pattern)
     if not any(root.glob("sub-*")):
         raise DatasetError(f"{root} holds no sub-* folders: --source bids takes the root of a BIDS dataset")
-    masks_in = existing_folder(mask_root) if mask_root is not None else root
-    roles = [
-        _find(masks_in if pattern is mask_pattern else root, pattern, pattern is mask_pattern) for pattern in patterns
-    ]
+    roles = [_find(root, pattern, is_mask=pattern is mask_pattern) for pattern in patterns]
     found = [matching for matching, _ in roles]
     keys = {scan: _keys([files.get(scan, {}) for files in found]) for scan in set().union(*found)}
     by_key: list[dict[Key, list[Path]]] = [defaultdict(list) for _ in patterns]

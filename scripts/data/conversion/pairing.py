@@ -34,8 +34,8 @@ class ImageFile:
     channels: int = 1
 
     def describe(self, root: Path) -> str:
-        """The path from ``root``."""
-        return printable(os.path.relpath(self.path, root))
+        """The path within ``root``."""
+        return printable(str(self.path.relative_to(root)))
 
 
 @dataclass(frozen=True)

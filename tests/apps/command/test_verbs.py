@@ -100,6 +100,8 @@ def test_names_of_earlier_versions_are_the_same_verbs():
 def test_what_is_not_the_table_s_goes_on_as_it_is():
     typed = ["--nproc_per_node=2", "-m", "monai.bundle", "run", "--x", "-1"]
     assert command(["torchrun", *typed]) == ("torch.distributed.run", typed)
+    typed = ["IN", "OUT", "participant", "--participant_label", "01", "010"]
+    assert command(["bids", *typed]) == ("scripts.apps.bids", typed)
 
 
 def test_the_help_lists_every_verb():

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint configs bench clean image image-test label-test deploy-test lock schema
+.PHONY: demo test lint configs bench clean image image-test label-test deploy-test wheel-test lock schema
 
 demo: $(VENV)/.ready
 	$(RUN) -m scripts.demo --output_dir demo_output --overwrite true
@@ -48,6 +48,10 @@ label-test:
 
 deploy-test:
 	.ci/deploy-test
+
+# The wheel: built, installed into an empty environment, and the README's quick start run.
+wheel-test:
+	.ci/wheel-test
 
 lock:
 	.ci/lock

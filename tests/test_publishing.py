@@ -35,6 +35,10 @@ def test_the_documented_build_names_the_version(metadata):
     assert f"VERSION={metadata['version']} " in Path("docs/container.md").read_text()
 
 
+def test_the_citation_names_the_version(metadata):
+    assert f"\nversion: {metadata['version']}\n" in Path("CITATION.cff").read_text()
+
+
 def test_the_locks_have_what_the_requirements_ask_for():
     asked = {}
     for name in ("requirements.txt", "requirements-image.txt"):

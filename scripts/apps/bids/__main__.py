@@ -77,7 +77,8 @@ def further_options(rest: Sequence[str], refuse: Any) -> dict[str, Any]:
     """
     config = json.loads((ROOT / "configs" / "inference.json").read_text(encoding="utf-8"))
     known = set(config) & set(OPTIONS) - _FROM_BIDS
-    found, tokens = {}, [part for token in rest for part in token.split("=", 1)]
+    found: dict[str, Any] = {}
+    tokens = [part for token in rest for part in (token.split("=", 1) if token.startswith("--") else [token])]
     for name, value in zip(tokens[::2], tokens[1::2], strict=False):
         option = name.removeprefix("--").replace("-", "_")
         if not name.startswith("--") or option not in known:

@@ -16,6 +16,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,11 +32,12 @@ if ROOT != _HERE:
     __path__.append(str(ROOT))
 
 
-def _import(name: str, *arguments: Any) -> ModuleType:
+def _import(
+    name: str, globals: Any = None, locals: Any = None, fromlist: Sequence[str] = (), level: int = 0
+) -> ModuleType:
     """``import`` as the bundle's modules have it: their ``scripts`` is this package's."""
     is_own = name == "scripts" or name.startswith("scripts.")
-    module = builtins.__import__(f"{__name__}.{name}" if is_own else name, *arguments)
-    fromlist = arguments[2] if len(arguments) > 2 else ()
+    module = builtins.__import__(f"{__name__}.{name}" if is_own else name, globals, locals, fromlist, level)
     return sys.modules[_OWN] if is_own and not fromlist else module
 
 

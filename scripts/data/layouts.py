@@ -201,16 +201,14 @@ def _derivative(folder: Path, suffix: str, mask_pattern: str | None, raw: str | 
 
 
 def _masks_of(folder: Path, pattern: str) -> list[BidsFile]:
-    """The label maps that a pattern chooses, of the dataset itself or else of its derivatives."""
+    """The label maps that a pattern chooses, of the dataset's derivatives, or else of itself."""
     try:
-        dataset = pair_bids(folder, [pattern], None)
-    except FileNotFoundError:
-        if not (folder / "derivatives").is_dir():
-            raise
-        dataset = pair_bids(folder, [f"derivatives/{pattern}"], None)
-    if faulty := [f"{case.case}: {'; '.join(case.problems)}" for case in dataset.cases if case.problems]:
-        raise DatasetError(f"{folder}: {'; '.join(faulty[:_SHOWN])}: choose with --mask_pattern")
-    named = (read_name(case.images[0].path) for case in dataset.cases)
+        cases = pair_bids(folder, [], pattern).cases
+    except FileNotFoundError as error:
+        raise DatasetError(f"{folder} holds no label maps {pattern}: {_PAIRS}") from error
+    if faulty := [f"{case.case}: {'; '.join(case.problems)}" for case in cases if case.problems]:
+        raise DatasetError(f"{folder}: {'; '.join(faulty[:_SHOWN])}")
+    named = (read_name(case.mask) for case in cases if case.mask is not None)
     return [name for name in named if name is not None]
 
 

@@ -116,6 +116,7 @@ def test_a_derivative_with_scans_of_its_own_and_several_acquisitions(tmp_path):
         (("p/a.nii.gz", "p/a_img.nii.gz", "p/a_seg.nii.gz"), "more than one partner among"),
         (("p/x/a.nii.gz", "p/y/a.nii.gz"), "no example pairs"),
         (("p/notes.txt",), "no example pairs"),
+        (("p/sub-1/anat/sub-1_T1w.nii.gz",), r"holds no label maps \*_dseg.nii.gz"),
     ],
 )
 def test_what_cannot_be_paired_is_refused(touch, names, message):
@@ -133,3 +134,9 @@ def test_label_maps_of_a_derivative_that_has_several_are_chosen(tmp_path, write_
     assert len(pairs(look_for_examples([str(masks)]))) == 3
     found = look_for_examples([str(masks)], mask_pattern="*_desc-thick_dseg.nii.gz")
     assert pairs(found) == [(f"sub-0{i}_T1w", f"sub-0{i}_desc-thick_dseg") for i in (1, 2)]
+    for subject in ("01", "02", "03"):
+        (masks / f"sub-{subject}" / "anat" / f"sub-{subject}_dseg.nii.gz").rename(
+            masks / f"sub-{subject}" / "anat" / f"sub-{subject}_desc-thin_dseg.nii.gz"
+        )
+    with pytest.raises(DatasetError, match="--mask_pattern .* there are desc-thick .2 files., desc-thin .3 files."):
+        look_for_examples([str(masks)])

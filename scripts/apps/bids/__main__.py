@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line, as BIDS Apps have it; further options of ``inference.json`` are taken by their names."""
     found = argparse.ArgumentParser(
         prog="neuroverse3d bids",
+        allow_abbrev=False,
         description="Segment the scans of a BIDS dataset from a few examples, into a BIDS derivative.",
         epilog="Other options of inference.json are taken as well, such as --context_size 8 --align affine "
         "--checkpoint W.pt --device cpu (docs/inference.md). For research use only; not a medical device.",

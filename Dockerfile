@@ -7,7 +7,7 @@ ARG REVISION=unknown
 WORKDIR /opt/neuroverse3d
 COPY . .
 RUN printf '%s\n' "$REVISION" > REVISION \
-    && python3 -m compileall -q --invalidation-mode unchecked-hash scripts \
+    && python3 -m compileall -q --invalidation-mode unchecked-hash neuroverse3d scripts \
     && chmod -R a+rX,go-w .
 
 FROM ${BASE_IMAGE}

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint configs bench clean image image-test label-test deploy-test pacs-test lock schema
+.PHONY: demo test lint configs bench clean image image-test label-test deploy-test pacs-test wheel-test lock schema
 
 demo: $(VENV)/.ready
 	$(RUN) -m scripts.demo --output_dir demo_output --overwrite true
@@ -52,6 +52,10 @@ deploy-test:
 # Both against a PACS (Orthanc); .ci/pacs-test says what it needs.
 pacs-test:
 	.ci/pacs-test
+
+# The wheel: built, installed into an empty environment, and the README's quick start run.
+wheel-test:
+	.ci/wheel-test
 
 lock:
 	.ci/lock

@@ -12,6 +12,7 @@ once, are the contexts of all; a subject among them is segmented from the seven 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 
 from scripts.data.synthesis.cohort import check_range
+from scripts.runtime.manifest import ROOT
 from scripts.runtime.options import flag
 from scripts.runtime.output_folder import OutputFolder, foreign_files
 
@@ -79,7 +81,10 @@ def run_bundle(config: str, options: str) -> None:
     Raises:
         ValueError: it failed.
     """
-    _run("monai.bundle", f"run --config_file configs/{config}.json {options}")
+    root = os.path.relpath(ROOT)
+    elsewhere = "" if root == "." else f"--bundle_root {shlex.quote(root)} "
+    file = shlex.quote(str(Path(root, "configs", f"{config}.json")))
+    _run("monai.bundle", f"run --config_file {file} {elsewhere}{options}")
 
 
 def _run(module: str, options: str) -> None:

@@ -35,6 +35,10 @@ def test_the_documented_build_names_the_version(metadata):
     assert f"VERSION={metadata['version']} " in Path("docs/container.md").read_text()
 
 
+def test_the_citation_names_the_version(metadata):
+    assert f"\nversion: {metadata['version']}\n" in Path("CITATION.cff").read_text()
+
+
 def test_the_locks_have_what_the_requirements_ask_for():
     asked = {}
     for name in ("requirements.txt", "requirements-image.txt"):
@@ -65,9 +69,9 @@ def test_the_image_is_built_from_what_the_repository_has():
         assert needed in kept
     assert "USER 10001:10001" in content and "--require-hashes" in content
     schema = json.loads(Path("configs/metadata.json").read_text())["schema"].rpartition("/")[2]
-    from scripts.container import VERBS
+    from scripts.apps.command.verbs import VERBS
 
-    assert VERBS["verify_metadata"].defaults["filepath"].endswith(f"/schema/{schema}")
+    assert VERBS["verify_metadata"].fixed["filepath"].endswith(f"/schema/{schema}")
 
 
 def test_monai_loads_a_copy_of_the_bundle(tmp_path, monkeypatch):

@@ -217,18 +217,44 @@ def find_targets(path: str | Path, channel: int = 0) -> list[Case]:
     named = [(file, printable(strip_ending(file) or "")) for file in files]
     if Path(os.path.abspath(path)).name in ("imagesTs", "imagesTr"):
         named = _of_channel(Path(os.path.abspath(path)), named, channel)
+    if not named:
+        raise FileNotFoundError(
+            f"no image files in {path} (channel {channel:04d} of an nnU-Net folder, else any image)"
+        )
+    return _targets(named, str(path))
+
+
+def listed_targets(images: Sequence[str]) -> list[Case]:
+    """Images given file by file, as :func:`find_targets` returns those of a folder.
+
+    Raises:
+        FileNotFoundError: no such file.
+        DatasetError: no image, or two files would be written under one name.
+    """
+    named = []
+    for path in map(Path, images):
+        if not (path.is_file() or is_dangling(path)):
+            raise FileNotFoundError(f"no file {path}: --target_images takes the images to segment")
+        if strip_ending(path) is None:
+            raise DatasetError(f"{path} is no image file")
+        named.append((path, printable(strip_ending(path))))
+    return _targets(named, "--target_images")
+
+
+def _targets(named: Sequence[tuple[Path, str]], where: str) -> list[Case]:
+    """Cases of files and their names; faults that show before a file is read are noted in them.
+
+    Raises:
+        DatasetError: two files would be written under one name.
+    """
     found = [{"image": str(file), "case": name} for file, name in named]
     for target in found:
         if faults := file_faults(target["image"]):
             target["folder_problems"] = faults
-    if not found:
-        raise FileNotFoundError(
-            f"no image files in {path} (channel {channel:04d} of an nnU-Net folder, else any image)"
-        )
     names = [target["case"] for target in found]
     twice = sorted({n for n in names if names.count(n) > 1}) if len(set(names)) < len(names) else []
     if twice:
-        raise DatasetError(f"{path}: several files would be written as the same case: {', '.join(twice)}")
+        raise DatasetError(f"{where}: several files would be written as the same case: {', '.join(twice)}")
     return found
 
 

@@ -66,12 +66,17 @@ Element = ET.Element
 Child = Element | str | None
 
 
-def write_page(report: Mapping[str, Any], folder: str | os.PathLike) -> None:
+def write_page(
+    report: Mapping[str, Any], folder: str | os.PathLike, page: str = PAGE, pictures: str = "", title: str | None = None
+) -> None:
     """Write ``report.html`` beside the predictions.
 
     Args:
         report: content of ``report.json``.
-        folder: the run's output folder, with the pictures ``CASE.png``.
+        folder: the run's output folder.
+        page: the file's name.
+        pictures: what is in front of the pictures' names ``CASE.png``, such as ``figures/``.
+        title: of the page; None names the folder.
 
     Raises:
         OSError: the folder cannot be written.
@@ -80,7 +85,7 @@ def write_page(report: Mapping[str, Any], folder: str | os.PathLike) -> None:
     cases = sorted(report["cases"].items(), key=_urgency)
     labels = [str(label) for label in report["labels"]] if report["task"] == "segmentation" else []
     failed = report["failed"]
-    title = f"Inference report, {folder.absolute().name}"
+    title = title or f"Inference report, {folder.absolute().name}"
     body = _tag(
         "body",
         _tag("h1", title),
@@ -93,17 +98,17 @@ def write_page(report: Mapping[str, Any], folder: str | os.PathLike) -> None:
         *_lists("Warnings about the contexts", {"": report["warnings"]} if report.get("warnings") else {}),
         *_self_test(report, labels),
         *_label_summary(cases, labels),
-        *_case_table(cases, labels, folder),
-        *_gallery(cases, folder),
+        *_case_table(cases, labels, folder, pictures),
+        *_gallery(cases, folder, pictures),
     )
     head = _tag("head", _tag("title", title), _tag("style", _STYLE))
     head.insert(0, Element("meta", charset="utf-8"))
     head.insert(1, Element("meta", name="viewport", content="width=device-width, initial-scale=1"))
-    page = _tag("html", head, body)
-    page.set("lang", "en")
+    root = _tag("html", head, body)
+    root.set("lang", "en")
     # a tree, so that names from files cannot become markup; ASCII, so that any byte in them can be written
-    text = ET.tostring(page, encoding="us-ascii", method="html").decode()
-    write_text("<!DOCTYPE html>\n" + text + "\n", folder / PAGE)
+    text = ET.tostring(root, encoding="us-ascii", method="html").decode()
+    write_text("<!DOCTYPE html>\n" + text + "\n", folder / page)
 
 
 def _urgency(item: tuple[str, Mapping[str, Any]]) -> tuple[bool, bool, float, str]:
@@ -211,7 +216,9 @@ def _label_summary(cases: list[tuple[str, Mapping[str, Any]]], labels: list[str]
     return [_tag("h2", f"Volumes over {len(cases):,} cases"), _table(head, rows)]
 
 
-def _case_table(cases: list[tuple[str, Mapping[str, Any]]], labels: list[str], folder: Path) -> list[Element]:
+def _case_table(
+    cases: list[tuple[str, Mapping[str, Any]]], labels: list[str], folder: Path, pictures: str
+) -> list[Element]:
     if not cases:
         return []
     shown = cases[:ROWS]
@@ -233,9 +240,9 @@ def _case_table(cases: list[tuple[str, Mapping[str, Any]]], labels: list[str], f
     head += [_tag("th", "seconds")]
     rows = []
     for name, entry in shown:
-        pictured = (folder / f"{name}.png").is_file()
+        picture = f"{pictures}{name}.png"
         row = [
-            _tag("th", _link(f"{name}.png", name) if pictured else name),
+            _tag("th", _link(picture, name) if (folder / picture).is_file() else name),
             _tag("td", *_remarks(entry), cls="text"),
             *(cell(entry.get(key, {}).get(label)) for _, key, cell in groups for label in labels),
         ]
@@ -248,8 +255,8 @@ def _case_table(cases: list[tuple[str, Mapping[str, Any]]], labels: list[str], f
     return [_tag("h2", f"{len(cases):,} cases"), _tag("p", note, cls="quiet"), _table(head, rows)]
 
 
-def _gallery(cases: list[tuple[str, Mapping[str, Any]]], folder: Path) -> list[Element]:
-    pictured = [(name, entry) for name, entry in cases if (folder / f"{name}.png").is_file()]
+def _gallery(cases: list[tuple[str, Mapping[str, Any]]], folder: Path, pictures: str) -> list[Element]:
+    pictured = [(name, entry) for name, entry in cases if (folder / f"{pictures}{name}.png").is_file()]
     if not pictured:
         return []
     figures = []
@@ -257,9 +264,9 @@ def _gallery(cases: list[tuple[str, Mapping[str, Any]]], folder: Path) -> list[E
         used = list(dict.fromkeys(context for names in entry.get("contexts", {}).values() for context in names))
         caption = [_tag("b", name), *([": "] if _remarks(entry) else []), *_remarks(entry)]
         caption.append(_tag("div", "contexts: " + (", ".join(used) or "none"), cls="quiet"))
-        shown = _thumbnail(folder / f"{name}.png", name)
-        figures.append(_tag("figure", _link(f"{name}.png", shown), _tag("figcaption", *caption)))
-    note = "Patient's right is on the picture's left. A click opens the full picture, which lies beside this page."
+        shown = _thumbnail(folder / f"{pictures}{name}.png", name)
+        figures.append(_tag("figure", _link(f"{pictures}{name}.png", shown), _tag("figcaption", *caption)))
+    note = "Patient's right is on the picture's left. A click opens the full picture."
     more = f" The first {PICTURES} of {len(pictured):,} in the order of the table; the others open from there."
     note += more if len(pictured) > PICTURES else ""
     return [_tag("h2", "Pictures"), _tag("p", note, cls="quiet"), _tag("div", *figures, cls="gallery")]

@@ -104,6 +104,7 @@ OPTIONS: dict[str, Option] = {
     "seed": Option("int", "seed of everything random"),
     "device": Option("device", "cuda, cuda:1 or cpu"),
     # inference and evaluation
+    "target_images": Option("paths", "instead of dataset_dir: the scans, a list of files"),
     "context_dir": Option("path", "nnU-Net dataset folder with the example pairs (imagesTr, labelsTr)"),
     "context_images": Option("paths", "instead of context_dir: the example images, a folder or a list of files"),
     "context_labels": Option(

@@ -271,11 +271,12 @@ def write_csv(header: Sequence[str], rows: Iterable[Sequence[Any]], path: str | 
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerows([_inert(cell) for cell in row] for row in (header, *rows))
+    table.writerows([inert(cell) for cell in row] for row in (header, *rows))
     write_text(text.getvalue().encode(errors="replace").decode(), path)
 
 
-def _inert(cell: Any) -> Any:
+def inert(cell: Any) -> Any:
+    """A table's cell as spreadsheets show it and do not execute it; numbers stay as they are."""
     if not isinstance(cell, str):
         return cell
     cell = cell.replace("\r", " ")

@@ -12,6 +12,8 @@ Command line, for :mod:`scripts.reproduce`::
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,9 @@ from monai.bundle.reference_resolver import ReferenceResolver
 from scripts.runtime.commandline import main, root_cause
 from scripts.runtime.manifest import ROOT
 
+_PACKAGE = __name__.removesuffix("scripts.runtime.workflow")
+"""What stands in front of ``scripts`` where this is ``neuroverse3d.scripts``: configurations say it without."""
+_OWN = re.compile(r"(?<![\w.])scripts\.")
 _INERT = "$None"  # the parser asks its resolver for what expressions stand for, but not for constants
 
 
@@ -67,6 +72,18 @@ def give(parser: ConfigParser, values: Mapping[str, Any]) -> None:
     parser.ref_resolver.reset()
 
 
+class _Workflow(ConfigWorkflow):
+    """MONAI's workflow, which leaves Python's search path as it was: a program may have a ``scripts`` of its own."""
+
+    def run(self) -> Any:
+        """Run the workflow."""
+        places = list(sys.path)
+        try:
+            return super().run()
+        finally:
+            sys.path[:] = places
+
+
 def start_workflow(
     config_file: str | Path, given: Mapping[str, Any], logging_file: str | Path | None = None
 ) -> ConfigWorkflow:
@@ -83,15 +100,26 @@ def start_workflow(
         OSError: as that.
     """
     path = ROOT / "configs" / config_file
-    workflow = ConfigWorkflow(
+    workflow = _Workflow(
         str(path),
         workflow_type="train" if "train" in ConfigParser.load_config_file(str(path)) else "infer",
         logging_file=str(logging_file) if logging_file else False,
     )
+    if _PACKAGE:
+        workflow.parser.set(_in_package(workflow.parser.config))
     give(workflow.parser, {"bundle_root": str(ROOT)} | dict(given))
     with plain_errors():
         workflow.initialize()
     return workflow
+
+
+def _in_package(config: Any) -> Any:
+    """A configuration whose targets and expressions name the modules of the installed package."""
+    if isinstance(config, Mapping):
+        return {name: _in_package(value) for name, value in config.items()}
+    if isinstance(config, list):
+        return [_in_package(value) for value in config]
+    return _OWN.sub(f"{_PACKAGE}scripts.", config) if isinstance(config, str) else config
 
 
 @contextmanager

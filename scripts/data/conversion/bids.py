@@ -32,7 +32,7 @@ _KEYS = {"sub", "ses", "run"}
 """Entities that tell cases apart."""
 
 _RESAMPLED = {"space", "res", "den", "cohort"}
-"""Entities of files on another grid than the subject's own."""
+"""Entities of files on another grid than the subject's own, but for ``space-orig``, which is that one."""
 
 
 def pair_bids(root: str | Path, image_patterns: Sequence[str], mask_pattern: str | None) -> RawDataset:
@@ -99,7 +99,7 @@ def _find(root: Path, pattern: str, is_mask: bool) -> tuple[dict[Key, _Runs], di
         raise FileNotFoundError(f"{base}: no file in {where} matches --{option}_pattern {pattern!r}{none}")
     if () not in by_unasked:
         (entities, files), *more = by_unasked.items()
-        if more or _RESAMPLED & {key for key, _ in entities}:
+        if more or _RESAMPLED & {key for key, value in entities if (key, value) != ("space", "orig")}:
             there = ", ".join(f"{_text(e)} ({len(f)} files)" for e, f in sorted(by_unasked.items()))
             one = name.replace("*_", f"*_{_text(entities)}_", 1)
             raise DatasetError(

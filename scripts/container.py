@@ -63,6 +63,10 @@ VERBS: dict[str, Verb] = {
         dataset_dir=DATA, context_dir=CONTEXT, output_dir=OUT,
         instead={"context_dir": ("context_images", "context_file")},
     ),
+    "tune": _workflow(
+        "tune", "weights tuned on the examples in /context, into /out",
+        context_dir=CONTEXT, output_dir=OUT, instead={"context_dir": ("context_images", "context_file")},
+    ),
     "evaluate": _workflow(
         "evaluate", "scores of the predictions in /out against /data/labelsTr, into /out/scores",
         prediction_dir=OUT, reference_dir=f"{DATA}/labelsTr", output_dir=f"{OUT}/scores",

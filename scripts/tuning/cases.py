@@ -33,9 +33,12 @@ COPIES = 12
 FOLDS = 2
 
 COPY_TURN, COPY_SCALE = 8.0, 0.1
-COPY_BEND, COPY_SPACING = 0.05, 0.5
+COPY_BEND, COPY_SPACING = 0.06, 0.4
 """Standard deviation of a copy's displacements, and distance of their control points, as parts of the labels' edge."""
-COPY_GAMMA, COPY_NOISE, COPY_BIAS = 1.3, 0.03, 0.15
+COPY_GAMMA, COPY_NOISE, COPY_BIAS = 1.3, 0.06, 0.15
+COPY_TEXTURE, COPY_GRAIN = 0.1, 4.0
+"""Standard deviation of what a copy's anatomy has of its own, in intensities from 0 to 1, and its size in voxels: the
+very same texture would be brought back better than any other scan's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +108,10 @@ def _in_turn(predictor: ICLInferer, until: float, rng: np.random.Generator) -> I
     context = predictor.context
     numbers = predictable(context, predictor.label_values, MOST_CASES)
     order = rng.permutation(sorted(numbers)).tolist()
+    began = time.monotonic()
     for count, number in enumerate(tqdm(order, "aligning contexts", unit="context", disable=not order)):
-        if count >= FOLDS and time.monotonic() > until:
+        now = time.monotonic()
+        if count >= FOLDS and now + (now - began) / count > until:
             logger.info("%d of %d contexts are tuned on: the time is too short for all", count, len(order))
             return
         others = [other for other in range(len(context)) if other != number]
@@ -160,6 +165,7 @@ def deformed(
     found = warped(torch.cat([one.float() for one in volumes])[None], matrix[None], shift[None], field[None])[0]
     bias = 1 + COPY_BIAS * smooth_field(rng, 1.0, edge, shape)[:1]
     lit = found[:1].clamp(0, 1) ** float(COPY_GAMMA ** rng.uniform(-1, 1)) * bias
+    lit = lit + COPY_TEXTURE * smooth_field(rng, 1.0, COPY_GRAIN, shape)[:1]
     lit = lit + rng.uniform(0, COPY_NOISE) * torch.from_numpy(rng.standard_normal(lit.shape, np.float32))
     winner = torch.tensor(numbers, dtype=label.dtype)[found[1:-1].argmax(0)][None]
     return (

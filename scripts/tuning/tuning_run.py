@@ -289,7 +289,11 @@ class TuningRun:
         self._note("tuning")
         outcomes = {when: [Outcome(**one) for one in state[when]] for when in ("before", "after")}
         summaries = {when: self.inferer.summary_of(found) for when, found in outcomes.items()}
-        share = {when: found.get("network_share", self.inferer.shares[0]) for when, found in summaries.items()}
+        # copies are brought back all too well to say how much votes count for other scans
+        share = {
+            when: EVEN_SHARE if cases.copies else found.get("network_share", EVEN_SHARE)
+            for when, found in summaries.items()
+        }
         after = {one.name: one for one in outcomes["after"]}
         pairs = [
             (one.mean_dice(share["before"]), after[one.name].mean_dice(share["after"])) for one in outcomes["before"]

@@ -15,6 +15,7 @@ from scripts.networks import Neuroverse3D
 from scripts.tuning import tuning_run
 from scripts.tuning.cases import find_cases
 from tests.inference.test_alignment import SIZE, subject
+from tests.workflows import run_workflow
 
 QUICK = {"steps": 3, "learning_rate": 1e-3, "amp": False, "minutes": 10.0}
 
@@ -143,6 +144,40 @@ def test_another_context_set_does_not_go_on_with_a_tuning(tmp_path):
     with pytest.raises(FileExistsError, match="--overwrite true"):
         other.tune(output_dir=tmp_path, **QUICK)
     assert other.tune(output_dir=tmp_path, overwrite=True, **QUICK)["judged"] == 4
+
+
+def test_inference_tunes_once_and_says_so(monkeypatch, tmp_path, write_nifti):
+    winning(monkeypatch, 0.1)
+    plain, calls = ICLInferer.tune, []
+    steps = {name: value for name, value in QUICK.items() if name != "minutes"}
+    monkeypatch.setattr(
+        ICLInferer,
+        "tune",
+        lambda self, minutes, *rest: calls.append((minutes, *rest)) or plain(self, minutes, *rest, **steps),
+    )
+    for seed in range(4):
+        image, label = subject(seed)
+        if seed == 3:
+            write_nifti(tmp_path / "targets" / "case_3.nii.gz", image)
+        else:
+            write_nifti(tmp_path / "contexts" / "imagesTr" / f"case_{seed}_0000.nii.gz", image)
+            write_nifti(tmp_path / "contexts" / "labelsTr" / f"case_{seed}.nii.gz", label)
+    torch.save(network().state_dict(), tmp_path / "weights.pt")
+    options = {
+        "dataset_dir": str(tmp_path / "targets"), "context_dir": str(tmp_path / "contexts"), "device": "cpu",
+        "output_dir": str(tmp_path / "out"), "checkpoint": str(tmp_path / "weights.pt"), "tune": 2,
+    }  # fmt: skip
+    run_workflow("inference", **options)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["tuning"]["kept"] and report["tuning"]["minutes"] == 2
+    assert calls == [(2.0, tmp_path / "out" / "tuned", False)]
+    assert any("mean Dice" in line and "kept out" in line for line in report["warnings"])
+    assert report["self_test"]["mean_dice"] and report["cases"]["case_3"]["expected_dice"]
+    monkeypatch.setattr(tuning_run.TuningRun, "_tune", lambda *_: pytest.fail("tuned again"))
+    run_workflow("inference", **options)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["tuning"] == report["tuning"]
+    with pytest.raises(FileExistsError, match="--overwrite true"):
+        run_workflow("inference", **options | {"tune": 0})
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from scripts.apps.deploy.model_folder import (
     PACKAGED,
     SEGMENTS,
     SERIES,
+    TUNING,
     WEIGHTS,
     ModelFolder,
     make_predictor,
@@ -56,6 +57,7 @@ def stage(
     align: str | None = None,
     amp: bool = False,
     seed: int = 0,
+    tune: float = 0,
     overwrite: bool = False,
 ) -> None:
     """Make the folders to package, and prove that they make a predictor with the same context set.
@@ -74,6 +76,7 @@ def stage(
         align: as in inference.json.
         amp: as in inference.json.
         seed: as in inference.json.
+        tune: minutes for tuning the weights on the context set first, as in inference.json; what wins is packaged.
         overwrite: replace output_dir, if this program made it and nobody added to it.
 
     Raises:
@@ -100,7 +103,13 @@ def stage(
         made = Path(work, "made")
         _copy_application(made / "app")
         packaged = ModelFolder(made / "models" / "neuroverse3d")
-        _copy_model(packaged.path, chosen, Path(checkpoint), Path(context_dir), options)
+        weights, minutes = Path(checkpoint), normalise("tune", tune)
+        if minutes:
+            chosen.predictor.tune(minutes, Path(work, "tuned"))
+            weights = Path(work, "tuned", WEIGHTS)
+        _copy_model(packaged.path, chosen, weights, Path(context_dir), options)
+        if minutes:
+            write_json(chosen.predictor.tuned, packaged.path / TUNING)
         for file, name in ((segments, SEGMENTS), (series, SERIES)):
             if file is not None:
                 shutil.copyfile(file, packaged.path / name)

@@ -117,12 +117,12 @@ def tuning(
                     "targets": len(before),
                 }
             )
-            print(
-                "K={context_size:<2d} {name:14s} Dice {dice[0]:.3f} [{dice[1]:.3f}, {dice[2]:.3f}]  gain "
-                "{gain[0]:+.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}]  {wall_seconds:.0f} s, {processor_seconds:.0f} s of processors, "
-                "{targets} targets".format(**rows[-1]),
-                flush=True,
+            row = (
+                "K={context_size:<2d} {name:14s} Dice {dice[0]:.3f} [{dice[1]:.3f}, {dice[2]:.3f}]  "
+                "gain {gain[0]:+.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}]  {targets} targets, "
+                "{wall_seconds:.0f} s, {processor_seconds:.0f} s of processors"
             )
+            print(row.format(**rows[-1]), flush=True)
     if output_file:
         settings = {"checkpoint": checkpoint, "part": part, "seed": seed, "device": device, "options": options}
         write_json(settings | {"rows": rows}, output_file)

@@ -188,6 +188,9 @@ class ConfidentInferer(Inferer):
         if not self.self_test and tuned is None:
             return None
         # contexts that were tuned on look too good: what they had while they were kept out stands for them
+        if tuned is None and predictor.tuned and predictor.tuned["kept"]:
+            logger.warning("no self-test: the weights were tuned on these contexts, of which none was kept out")
+            return None
         known = tuned or known
         found = dict(known) if known and "lowest_agreement" in known else self._test()
         if found is not None:

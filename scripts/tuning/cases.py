@@ -27,10 +27,16 @@ MOST_CASES = 64
 MOST_CONTEXTS = 8
 """That are brought to one of them."""
 
-COPIES = 12
-"""Deformed copies, where contexts cannot be predicted from each other; four of five are tuned on."""
-
 FOLDS = 2
+
+FEWEST = 3
+"""Contexts that are dealt out into folds: with fewer, each fold would have one and be judged on one."""
+
+JUDGED_COPIES = 4
+"""Deformed copies that fewer contexts are judged on."""
+
+TUNED_COPIES = 9
+"""Deformed copies that are tuned on, where contexts cannot be predicted from each other."""
 
 COPY_TURN, COPY_SCALE = 8.0, 0.1
 COPY_BEND, COPY_SPACING = 0.06, 0.4
@@ -80,7 +86,7 @@ class TuningCases:
 
 
 def find_cases(predictor: ICLInferer, seconds: float, seed: int) -> TuningCases:
-    """Bring contexts to each other; where there is nothing to predict from others, to deformed copies of themselves.
+    """Bring contexts to each other; where they are too few, to deformed copies of themselves as well.
 
     Args:
         predictor: with its context set.
@@ -92,14 +98,16 @@ def find_cases(predictor: ICLInferer, seconds: float, seed: int) -> TuningCases:
     """
     until = time.monotonic() + seconds
     tested = list(_in_turn(predictor, until, np.random.default_rng([seed, 1])))
-    if len(tested) >= FOLDS:
+    if len(tested) >= FEWEST:
         every = set(range(FOLDS))
         cases = [TuningCase(one, i % FOLDS, tuple(every - {i % FOLDS})) for i, one in enumerate(tested)]
         return TuningCases(cases, FOLDS, copies=False)
-    tested = list(_copies(predictor, until, np.random.default_rng([seed, 2])))
-    if len(tested) < 2:
+    copies = _copies(predictor, bool(tested), np.random.default_rng([seed, 2]))
+    judged = list(itertools.islice(copies, JUDGED_COPIES))
+    tested = tested or list(itertools.islice(copies, TUNED_COPIES))
+    if not judged or not tested:
         raise ValueError("the contexts cannot be tuned on: none can be brought to another, or to a copy of itself")
-    cases = [TuningCase(one, None, (0,)) if i % 5 else TuningCase(one, 0, ()) for i, one in enumerate(tested)]
+    cases = [*(TuningCase(one, 0, ()) for one in judged), *(TuningCase(one, None, (0,)) for one in tested)]
     return TuningCases(cases, 1, copies=True)
 
 
@@ -111,7 +119,7 @@ def _in_turn(predictor: ICLInferer, until: float, rng: np.random.Generator) -> I
     began = time.monotonic()
     for count, number in enumerate(tqdm(order, "aligning contexts", unit="context", disable=not order)):
         now = time.monotonic()
-        if count >= FOLDS and now + (now - began) / count > until:
+        if count >= FEWEST and now + (now - began) / count > until:
             logger.info("%d of %d contexts are tuned on: the time is too short for all", count, len(order))
             return
         others = [other for other in range(len(context)) if other != number]
@@ -123,20 +131,19 @@ def _in_turn(predictor: ICLInferer, until: float, rng: np.random.Generator) -> I
             yield Tested(context.names[number], target, label, counted, numbers[number])
 
 
-def _copies(predictor: ICLInferer, until: float, rng: np.random.Generator) -> Iterator[Tested]:
-    """Deformed copies of contexts, with the contexts brought to them."""
+def _copies(predictor: ICLInferer, from_others: bool, rng: np.random.Generator) -> Iterator[Tested]:
+    """Deformed copies of contexts, with other contexts brought to them, or the very ones that they are copies of."""
     context = predictor.context
     holding = sorted({number for value in predictor.label_values for number in context.holding(value)})
-    for count, number in zip(range(COPIES), itertools.cycle(holding), strict=False):
-        if count > 2 and time.monotonic() > until:
-            return
+    for count, number in zip(range(2 * (JUDGED_COPIES + TUNED_COPIES)), itertools.cycle(holding), strict=False):
+        among = [other for other in holding if other != number] if from_others else [number]
         image, label, counted = deformed(*context.counted_native(number), rng)
         values = [value for value in predictor.label_values if bool((label == value).any())]
         if not values:
             continue
         target = predictor.target(image)
-        predictor.prepare_views(target, [number])
-        if any(view.showing([number]) for view in target.views):
+        predictor.prepare_views(target, among)
+        if any(view.showing(among) for view in target.views):
             yield Tested(f"copy {count + 1} of {context.names[number]}", target, label, counted, values)
 
 

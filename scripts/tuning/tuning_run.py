@@ -51,6 +51,9 @@ SPARE_SECONDS = 1.0
 LEAST_GAIN = 0.002
 """In mean Dice, and at least its own standard error: below it the weights stay as they were."""
 
+LEAST_GAIN_ON_COPIES = 0.02
+"""The same, where deformed copies of what was tuned on are judged: on other people a gain is smaller than on these."""
+
 CHECKED = 2
 """Kept-out cases that are looked at halfway through a fold, for the gain to expect."""
 
@@ -301,7 +304,7 @@ class TuningRun:
         gains = np.diff(pairs, axis=1)[:, 0]
         gain = float(gains.mean())
         error = float(gains.std(ddof=1) / len(gains) ** 0.5) if len(gains) > 1 else None
-        kept = gain >= max(LEAST_GAIN, error or 0.0)
+        kept = gain >= max(LEAST_GAIN_ON_COPIES if cases.copies else LEAST_GAIN, error or 0.0)
         if not kept:
             self.predictor.network.load_state_dict(start)
         self.predictor.network.eval()
@@ -319,7 +322,7 @@ class TuningRun:
             "gain": round(gain, 4),
             "gain_standard_error": None if error is None else round(error, 4),
             "judged": len(pairs),
-            "tuned_on": len(cases.cases) if cases.folds > 1 else len(cases.tuned_in(0)),
+            "tuned_on": len({id(case) for fold in range(cases.folds) for case in cases.tuned_in(fold)}),
             "cases": {
                 one.name: {
                     "before": {str(v): round(x, 4) for v, x in one.dice[share["before"]].items()},

@@ -104,12 +104,19 @@ def test_a_single_pair_is_tuned_on_deformed_copies_and_says_so():
     inferer = predictor(1)
     report = inferer.tune(**QUICK)
     assert "deformed copies" in report["judged_on"] and report["self_test"] is None
-    assert report["judged"] == 3 and report["tuned_on"] == 9
+    assert report["judged"] == 4 and report["tuned_on"] == 9
     cases = find_cases(inferer, 100, seed=0)
     names = [[case.name for case in part] for part in (cases.tuned_in(0), cases.judged_in(0))]
     assert cases.copies and not set(names[0]) & set(names[1])
-    one, other = cases.cases[0].tested, cases.cases[1].tested
+    one, other = cases.judged_in(0)[:2]
     assert one.target.digest != other.target.digest and 0 < float((one.label == 1).float().mean()) < 0.1
+
+
+def test_two_pairs_are_tuned_on_each_other_and_judged_on_copies_predicted_from_the_other():
+    cases = find_cases(predictor(2), 100, seed=0)
+    assert cases.copies and sorted(case.name for case in cases.tuned_in(0)) == ["context 1", "context 2"]
+    judged = cases.judged_in(0)
+    assert [case.name for case in judged] == [f"copy {i} of context {2 - i % 2}" for i in range(1, 5)]
 
 
 def test_stopped_and_resumed_ends_with_the_same_weights(tmp_path):

@@ -11,9 +11,10 @@ contexts as examples. One choice of contexts for all targets, as a user has it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from monai.data import MetaTensor
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
 from monai.transforms import Compose, RandAdjustContrastd, RandAffined, RandGaussianNoised
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.unseen_dataset import UnseenCases, interval, mean_dice
 from scripts.checkpoint import load_network
-from scripts.data.preprocessing import PlacedScores
+from scripts.data.preprocessing import PlacedScores, Preprocessing
 from scripts.inferer import ICLInferer
 from scripts.runtime.commandline import main
 
@@ -70,16 +71,10 @@ def scratch_unet(
         seconds.setdefault("in-context", time.monotonic() - started)
     values = inferer.label_values
     started = time.monotonic()
-    images, labels = inferer.context.pairs()
-    classes = sum(number * (labels == value) for number, value in enumerate(values, start=1))
-    unet = train_unet(images, classes, len(values), 60 * minutes, learning_rate, device)
+    unet = train_unet(*on_grid(inferer), len(values), 60 * minutes, learning_rate, device)
     predictions["U-Net"] = []
     for target, _ in tqdm(episodes, "U-Net"):
-        on_grid = inferer.context.preprocessing.target(target[0])
-        with torch.inference_mode():
-            scores = unet(on_grid[None].as_tensor().to(device)).softmax(1)[0, 1:].cpu()
-        placed = {value: PlacedScores(score, on_grid) for value, score in zip(values, scores, strict=True)}
-        predictions["U-Net"].append(inferer.context.preprocessing.to_native_labels(placed))
+        predictions["U-Net"].append(predict(unet, target[0], inferer.context.preprocessing, values, device))
         seconds.setdefault("U-Net", time.monotonic() - started)
     for name, found in predictions.items():
         dice = [
@@ -90,6 +85,23 @@ def scratch_unet(
             f"{name:10s} K={context_size} Dice {mean:.3f} [{low:.3f}, {high:.3f}]  {len(dice)} cases  "
             f"first mask after {seconds[name]:.1f} s on {device}"
         )
+
+
+def on_grid(inferer: ICLInferer) -> tuple[Tensor, Tensor]:
+    """Contexts as :func:`train_unet` takes them: images, and classes numbered in the order of the labels."""
+    images, labels = inferer.context.pairs()
+    return images, sum(number * (labels == value) for number, value in enumerate(inferer.label_values, start=1))
+
+
+def predict(
+    unet: torch.nn.Module, scan: MetaTensor, preprocessing: Preprocessing, values: Sequence[int], device: str
+) -> MetaTensor:
+    """Label numbers (1, H, W, D) on a scan's own voxels, from a network of :func:`train_unet`."""
+    target = preprocessing.target(scan)
+    with torch.inference_mode():
+        scores = unet(target[None].as_tensor().to(device)).softmax(1)[0, 1:].cpu()
+    placed = {value: PlacedScores(score, target) for value, score in zip(values, scores, strict=True)}
+    return preprocessing.to_native_labels(placed)
 
 
 def train_unet(

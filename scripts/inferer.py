@@ -8,6 +8,7 @@ Deploy call. It knows native space; the network does not. What it finds about a 
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -44,6 +45,7 @@ from scripts.networks import Neuroverse3D
 from scripts.runtime.memory import cache_bytes
 from scripts.runtime.precision import settled_amp
 from scripts.runtime.processes import usable_device
+from scripts.runtime.workflow import plain_errors, start_workflow
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +114,8 @@ class ICLInferer(Inferer):
         self.alignment_record = alignment_record
         self.share = EVEN_SHARE
         """Of the network in the scores of aligned views; the rest is the contexts' votes."""
+        self.tuned: dict[str, Any] | None = None
+        """Report of a tuning of the network on these contexts (:meth:`tune`); None before."""
         self._context = context
         self._alive: weakref.WeakValueDictionary[str, Target] = weakref.WeakValueDictionary()
         self._passes: Passes | None = None
@@ -170,9 +174,37 @@ class ICLInferer(Inferer):
             )
             for pair in zip(images, labels, strict=True)
         ]
+        self.tuned = None
         self._context = gather_contexts(
             names, kept, self.network.grid.tolist(), self.spacing, self.task == "generation"
         )  # fmt: skip
+
+    def tune(
+        self, minutes: float = 1.0, output_dir: str | Path | None = None, overwrite: bool = False, **options: Any
+    ) -> dict[str, Any]:
+        """Tune the network on the contexts (``configs/tune.json``); it keeps the new weights only if they win.
+
+        Args:
+            minutes: how long, alignment and decision included.
+            output_dir: keeps weights and report, which are taken from there the next time; None keeps neither.
+            overwrite: replace a tuning with other contexts or settings that is there.
+            options: further options of ``configs/tune.json``, such as ``learning_rate``.
+
+        Returns:
+            The report: ``kept``, ``dice_before``, ``dice_after``, and more.
+
+        Raises:
+            ValueError: no contexts, or none that can be tuned on.
+            FileExistsError: ``output_dir`` holds something else.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            given = {"predictor": self, "device": str(self.device), "minutes": float(minutes), "resume": True}
+            given |= {"overwrite": overwrite, "output_dir": str(output_dir or scratch)}
+            workflow = start_workflow("tune.json", given | options)
+            with plain_errors():
+                workflow.run()
+                workflow.finalize()
+        return self.tuned
 
     def take_over(self, other: ICLInferer) -> None:
         """Take what another predictor with the same network has made of context pairs that both have.
@@ -296,14 +328,26 @@ class ICLInferer(Inferer):
         target.seconds |= {"alignment": round(aligned - started, 3), "network": round(time.monotonic() - aligned, 3)}
         return target
 
-    def prepare_views(self, target: Target) -> None:
-        """Bring the contexts to a target, or lay it beside them as it is; once."""
+    def prepare_views(self, target: Target, among: Sequence[int] | None = None) -> None:
+        """Bring the contexts to a target, or lay it beside them as it is; once.
+
+        Args:
+            target: a target.
+            among: numbers of the contexts that may serve it; None for all.
+        """
         if target.views:
             return
         if self.aligned is None:
             target.show_as_it_is(self.label_values, self.context)
-        else:
-            self.aligned.prepare(target, self.label_values, self._eligible(target))
+            return
+        eligible = self._eligible(target)
+        if among is not None:
+            eligible = {value: [i for i in pool if i in among] for value, pool in eligible.items()}
+        self.aligned.prepare(target, self.label_values, eligible)
+
+    def forget_encoded(self) -> None:
+        """Drop what was encoded of the contexts: the network's weights have changed."""
+        self._passes = None
 
     def on_grid(self, target: Target) -> Tensor:
         """A target's scores on its preprocessed image, ``(1, K, h, w, d)``; 0 outside of every view."""

@@ -15,7 +15,7 @@ from scripts.runtime.options import OPTIONS
 from scripts.runtime.stage_config import CHANGES, STAGE1, STAGE2, changed_text
 
 CONFIGS = Path("configs")
-WORKFLOWS = ("train_stage1", "train_stage2", "inference", "evaluate")
+WORKFLOWS = ("train_stage1", "train_stage2", "inference", "tune", "evaluate")
 
 
 def read(name):

@@ -21,6 +21,7 @@ PAGE_OF = {
     "train_stage1": "training",
     "train_stage2": "training",
     "inference": "inference",
+    "tune": "tuning",
     "evaluate": "inference",
 }
 CODE = re.compile(r"```.*?```", re.DOTALL)
@@ -49,6 +50,7 @@ def anchors(text):
         ("train_stage1", "| option | stage 1 | stage 2 |"),
         ("train_stage2", "| option | stage 1 | stage 2 |"),
         ("inference", "| option | default | meaning |\n|---|---|---|\n| `dataset_dir` | – | targets |"),
+        ("tune", "| option | default | meaning |"),
         ("evaluate", "| option | default | meaning |\n|---|---|---|\n| `prediction_dir`"),
     ],
 )

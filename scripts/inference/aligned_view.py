@@ -103,16 +103,24 @@ class AlignedView:
             return self._images[number][0], label[0]
         return self._images[number][0], torch.tensor((0, *self.values))[winning_label(label)[0]]
 
+    def showing(self, numbers: Sequence[int]) -> list[int]:
+        """As :class:`~scripts.inference.views.View`: those that are aligned with the region."""
+        return [number for number in numbers if number in self._images]
+
+    def pairs(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """As :class:`~scripts.inference.views.View`; the masks are soft, as they were sampled."""
+        images = torch.stack([self._images[number] for number in numbers])
+        return images, torch.stack([self._labels[number].float() for number in numbers])
+
     def parts(self, members: Members, of_window: WindowScores, overlap: float) -> Parts:
         """As :class:`~scripts.inference.views.View`; contexts that are not aligned with the region are left out."""
-        members = {value: [n for n in chosen if n in self._images] for value, chosen in members.items()}
+        members = {value: self.showing(chosen) for value, chosen in members.items()}
         numbers = sorted({number for chosen in members.values() for number in chosen})
         target = self.image.as_tensor()
         if not numbers:
             empty = target.new_zeros((len(self.values), *target.shape[1:]))
             return empty, empty
-        images = torch.stack([self._images[number] for number in numbers])
-        labels = torch.stack([self._labels[number].float() for number in numbers])
+        images, labels = self.pairs(numbers)
         wanted = labels if self._generation else (labels > MASK_THRESHOLD).float()
         stack = torch.cat([target, images.flatten(0, 1), wanted.flatten(0, 1)])[None]
         place = {number: i for i, number in enumerate(numbers)}
@@ -150,6 +158,10 @@ class EmptyView:
     def __init__(self, image: MetaTensor, values: Sequence[int]) -> None:
         self.image = image
         self.values = tuple(values)
+
+    def showing(self, numbers: Sequence[int]) -> list[int]:
+        """As :class:`~scripts.inference.views.View`: none."""
+        return []
 
     def parts(self, members: Members, of_window: WindowScores, overlap: float) -> Parts:
         """As :class:`~scripts.inference.views.View`."""

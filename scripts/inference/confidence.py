@@ -21,7 +21,16 @@ from scripts.data.label_decision import score_to_beat, winning_label
 from scripts.inference.context_similarity import ContextSimilarity
 from scripts.inference.contexts import ContextSet
 from scripts.inference.ensemble import AXES, AXIS_NAMES, draw_members, mirrored
-from scripts.inference.self_test import MAX_TESTED, dice_in_views, held_out, spread, summary, table
+from scripts.inference.self_test import (
+    MAX_TESTED,
+    Outcome,
+    Tested,
+    dice_in_views,
+    held_out,
+    spread,
+    summary,
+    table,
+)
 from scripts.inference.target import NOT_TO_BE_TRUSTED, Target
 from scripts.inference.views import EVEN_SHARE, Members, mixed
 from scripts.inferer import ICLInferer, Volume
@@ -175,8 +184,14 @@ class ConfidentInferer(Inferer):
             return None
         if self.ensemble > 1:
             self._flip_axes = self._harmless_flips()
-        if not self.self_test:
+        tuned = predictor.tuned["self_test"] if predictor.tuned else None
+        if not self.self_test and tuned is None:
             return None
+        # contexts that were tuned on look too good: what they had while they were kept out stands for them
+        if tuned is None and predictor.tuned and predictor.tuned["kept"]:
+            logger.warning("no self-test: the weights were tuned on these contexts, of which none was kept out")
+            return None
+        known = tuned or known
         found = dict(known) if known and "lowest_agreement" in known else self._test()
         if found is not None:
             self._expect(found)
@@ -272,46 +287,57 @@ class ConfidentInferer(Inferer):
 
     def _test(self) -> dict[str, Any] | None:
         """Leave one out, and what it says about targets' agreement and the network's share."""
-        predictor = self.predictor
-        shares = SHARES if predictor.aligned is not None else (EVEN_SHARE,)
-        names: list[str] = []
-        dice: dict[float, list[dict[int, float]]] = {share: [] for share in shares}
-        agreements: dict[float, list[dict[int, float]]] = {share: [] for share in shares}
+        predictor, outcomes = self.predictor, []
         for number, image, label, counted, labels in held_out(
             predictor.context, predictor.label_values, progress=self.progress
         ):
             target = predictor.target(image)
             predictor.prepare_views(target)
-            network = predictor.network
-            members = [(predictor.members_of(target), ()), *self._members(target)]
-            by_member = [predictor.parts(target, mirrored(network, flips), chosen) for chosen, flips in members]
-            names.append(predictor.context.names[number])
-            for share in shares:
-                scores = [[mixed(part, share) for part in parts] for parts in by_member]
-                mean, agreement = _combined(target, scores)
-                found = dice_in_views(target.views, [winning_label(view) for view in mean], label, counted)
-                dice[share].append({value: found[value] for value in labels})
-                agreements[share].append(agreement)
-        if not names:
+            outcomes.append(self.tested(Tested(predictor.context.names[number], target, label, counted, labels)))
+        if not outcomes:
             logger.warning("no self-test: it needs two contexts or more with a label in common")
             return None
-        means = {share: float(np.mean([np.mean(list(of.values())) for of in found])) for share, found in dice.items()}
-        best = max(shares, key=lambda share: (means[share], -abs(share - EVEN_SHARE)))
-        found = summary(dict(zip(names, dice[best], strict=True)))
-        found |= {"mean_agreement": {}, "lowest_agreement": {}}
-        for label in found["mean_dice"]:
-            of_label = [
-                agreement[int(label)]
-                for one, agreement in zip(dice[best], agreements[best], strict=True)
-                if int(label) in one
-            ]
-            found["mean_agreement"][label] = round(float(np.mean(of_label)), 4)
-            found["lowest_agreement"][label] = round(min(of_label), 4)
-        if predictor.aligned is not None:
-            found |= {"network_share": best, "mean_dice_by_share": {str(s): round(x, 4) for s, x in means.items()}}
+        found = self.summary_of(outcomes)
         logger.info("self-test, each context predicted from the others:\n%s", table(found))
         if found["out_of_line"]:
             logger.warning("far below the other contexts, check their labels: %s", ", ".join(found["out_of_line"]))
+        return found
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of the network in the scores, among which a test chooses."""
+        return SHARES if self.predictor.aligned is not None else (EVEN_SHARE,)
+
+    def tested(self, case: Tested, network: nn.Module | None = None) -> Outcome:
+        """Predict a labelled scan as one of a user's is, with every share of the network.
+
+        Args:
+            case: the scan.
+            network: another one than the predictor's.
+        """
+        predictor, target = self.predictor, case.target
+        network = predictor.network if network is None else network
+        members = [(predictor.members_of(target), ()), *self._members(target)]
+        by_member = [predictor.parts(target, mirrored(network, flips), chosen) for chosen, flips in members]
+        dice, agreements = {}, {}
+        for share in self.shares:
+            mean, agreements[share] = _combined(target, [[mixed(part, share) for part in parts] for parts in by_member])
+            found = dice_in_views(target.views, [winning_label(view) for view in mean], case.label, case.counted)
+            dice[share] = {value: found[value] for value in case.values}
+        return Outcome(case.name, dice, agreements)
+
+    def summary_of(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+        """What tests say about targets to come, for ``report.json``; with the best share of the network."""
+        means = {share: float(np.mean([one.mean_dice(share) for one in outcomes])) for share in self.shares}
+        best = max(self.shares, key=lambda share: (means[share], -abs(share - EVEN_SHARE)))
+        found = summary({one.name: one.dice[best] for one in outcomes})
+        found |= {"mean_agreement": {}, "lowest_agreement": {}}
+        for label in found["mean_dice"]:
+            of_label = [one.agreement[best][int(label)] for one in outcomes if int(label) in one.dice[best]]
+            found["mean_agreement"][label] = round(float(np.mean(of_label)), 4)
+            found["lowest_agreement"][label] = round(min(of_label), 4)
+        if self.predictor.aligned is not None:
+            found |= {"network_share": best, "mean_dice_by_share": {str(s): round(x, 4) for s, x in means.items()}}
         return found
 
     def _expect(self, found: Mapping[str, Any]) -> None:

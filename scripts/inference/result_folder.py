@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import time
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ _PROBE_BYTES = 2**20
 _LOCKS = "inference-"
 _IN_FINGERPRINT = ("align", "amp")
 """Options of a report's settings that another value of makes another run."""
+_TUNED = "tuned"
+_POLL_SECONDS = 1.0
 _CORRECTED = "the prediction was changed after it was written: kept as it is"
 
 
@@ -68,6 +71,7 @@ class ResultFolder:
     Attributes:
         path: the folder.
         overlays: as given.
+        overwrite: as given.
         files: the report.
     """
 
@@ -84,7 +88,7 @@ class ResultFolder:
         self.files = ReportFiles(self.path, shard)
         self._shard = shard
         self._probabilities = probabilities
-        self._overwrite = overwrite
+        self.overwrite = overwrite
         self._output = OutputFolder(self.path)
         self._at_work = contextlib.ExitStack()
         self._labels: Sequence[int] = ()
@@ -150,6 +154,18 @@ class ResultFolder:
             self._at_work.enter_context(self._output.at_work(own, shared=True))
         return alone
 
+    @contextlib.contextmanager
+    def tuning(self) -> Iterator[Path]:
+        """A folder for weights that suit the contexts, while no other run that is at work here has it."""
+        with contextlib.ExitStack() as stack:
+            while True:
+                try:
+                    stack.enter_context(self._output.at_work(f"{_TUNED}.lock"))
+                    break
+                except BlockingIOError:
+                    time.sleep(_POLL_SECONDS)
+            yield self.path / _TUNED
+
     def leave(self) -> None:
         """No longer be at work in the folder."""
         self._at_work.close()
@@ -173,7 +189,7 @@ class ResultFolder:
         self.files.adopt_earlier_version()
         files = set(os.listdir(self.path))
         names = {target["case"] for target in targets}
-        earlier = [] if self._overwrite else list(self.files.earlier())
+        earlier = [] if self.overwrite else list(self.files.earlier())
         same_run = [report for report in earlier if report.get("fingerprint") == fingerprint]
         done = {name: entry for report in same_run for name, entry in report["cases"].items()}
         self_test = next((report["self_test"] for report in reversed(same_run) if "self_test" in report), None)
@@ -187,7 +203,7 @@ class ResultFolder:
         written = {target["case"] for target in targets if f"{target['case']}.nii.gz" in files}
         known = written & done.keys()
         in_the_way |= self._changed([target for target in targets if target["case"] in known], done)
-        if not self._overwrite and not same_run:  # else: written by this very run, which was cut short
+        if not self.overwrite and not same_run:  # else: written by this very run, which was cut short
             in_the_way |= written
         # a user's own work, or of a version without record and not to be told from it
         corrected = {case for case in known if not self._output.wrote(self.prediction(case))}

@@ -29,6 +29,7 @@ from scripts.runtime.processes import meet_processes
 
 logger = logging.getLogger(__name__)
 
+_SAID_OF_TUNING = ("minutes", "kept", "dice_before", "dice_after", "gain", "judged", "judged_on")
 _SETTINGS = ("overlap", "mini_context_size", "amp", "align")
 
 
@@ -45,6 +46,7 @@ class InferenceRun(Sequence[Case]):
         checkpoint: weights file, for the fingerprint.
         debug: log the traceback of a target that fails.
         refine: of earlier versions: regions are now always looked at in voxels that suit them.
+        tune: minutes for tuning the network on the contexts first, once; 0 does not.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class InferenceRun(Sequence[Case]):
         checkpoint: str,
         debug: bool = False,
         refine: bool = False,
+        tune: float = 0,
     ) -> None:
         self.targets = targets
         self.results = results
@@ -62,6 +65,7 @@ class InferenceRun(Sequence[Case]):
         self.checkpoint = checkpoint
         self.debug = debug
         self.refine = refine
+        self.tune = tune
         self.report: dict[str, Any] = {}
         self._done = 0
         self._todo: list[Case] = []
@@ -134,6 +138,8 @@ class InferenceRun(Sequence[Case]):
         left = self.results.unfinished(mine, self.report["fingerprint"], self.report["settings"], labels)
         self._todo, self.report["cases"] = left.todo, left.done
         self._skipped = len(mine) - len(self._todo)
+        if self.tune:
+            self.report["tuning"] = self._tuned()
         self_test = self.inferer.prepare(left.self_test) if self._todo else left.self_test
         self.report |= {} if self_test is None else {"self_test": self_test}
         self.results.files.begin(self.report, {target["case"] for target in self._todo}, alone)
@@ -209,6 +215,17 @@ class InferenceRun(Sequence[Case]):
             more = f"; and {len(failed) - 5} more, in {self.results.files.path}" if len(failed) > 5 else ""
             raise DatasetError(f"{len(failed)} targets were left out: {listing}{more}")
 
+    def _tuned(self) -> dict[str, Any]:
+        """Tune on the contexts, or take what an earlier run has; what is to be said of it."""
+        with self.results.tuning() as folder:
+            found = self.inferer.predictor.tune(self.tune, folder, self.results.overwrite)
+        kept = "the tuned weights are used" if found["kept"] else "too little, so the weights are as they were"
+        self.report["warnings"].append(
+            f"tuned on the contexts: mean Dice {found['dice_before']:.3f} before, {found['dice_after']:.3f} after on "
+            f"{found['judged']} {found['judged_on']}; {kept}"
+        )
+        return {name: found[name] for name in _SAID_OF_TUNING}
+
     def _fingerprint(self, weights: str) -> str:
         predictor, context = self.inferer.predictor, self.inferer.predictor.context
         facts = [
@@ -221,6 +238,7 @@ class InferenceRun(Sequence[Case]):
             predictor.amp,
             predictor.align,
             self.inferer.settings,
+            *([["tune", self.tune]] if self.tune else []),
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import nibabel as nib
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from scripts.data.preprocessing import Preprocessing
 from scripts.inference.contexts import ContextSet
+from scripts.inference.target import Target
 from scripts.inference.views import View
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,38 @@ LOW_MARGIN = 0.1
 
 MISSED_PART = 0.05
 """A label lies partly outside of its view if so much of it does; less is what resampling changes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tested:
+    """A labelled scan that is predicted from contexts.
+
+    Attributes:
+        name: what reports call it.
+        target: with its views.
+        label: its label map, ``(1, H, W, D)`` on its own voxels.
+        counted: where that counts, the same shape.
+        values: labels that are looked at: those that it and some context have.
+    """
+
+    name: str
+    target: Target
+    label: MetaTensor
+    counted: Tensor
+    values: list[int]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it, for each share of the network in the scores: Dice and agreement by label."""
+
+    name: str
+    dice: Mapping[float, Mapping[int, float]]
+    agreement: Mapping[float, Mapping[int, float]]
+
+    def mean_dice(self, share: float) -> float:
+        """Over the labels."""
+        return float(np.mean(list(self.dice[share].values())))
 
 
 def dice_by_label(prediction: Tensor, truth: Tensor, count: int) -> list[float]:

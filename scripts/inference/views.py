@@ -51,6 +51,12 @@ class View(Protocol):
     image: MetaTensor
     values: tuple[int, ...]
 
+    def showing(self, numbers: Sequence[int]) -> list[int]:
+        """Those of the contexts that it has."""
+
+    def pairs(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Images ``(n, 1, h, w, d)`` of contexts that it has, and masks of its labels ``(n, k, h, w, d)``, 0 to 1."""
+
     def parts(self, members: Members, of_window: WindowScores, overlap: float) -> Parts:
         """What network and contexts say for its labels."""
 
@@ -68,6 +74,15 @@ class WholeView:
         self.image = image
         self.values = tuple(values)
         self.context = context
+
+    def showing(self, numbers: Sequence[int]) -> list[int]:
+        """As :class:`View`: all."""
+        return list(numbers)
+
+    def pairs(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """As :class:`View`, on the grid."""
+        images, labels = self.context.pairs(numbers)
+        return images, torch.cat([(labels == value).float() for value in self.values], 1)
 
     def parts(self, members: Members, of_window: WindowScores, overlap: float) -> Parts:
         """As :class:`View`; there is no vote, for the contexts are not aligned."""

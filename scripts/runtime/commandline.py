@@ -28,6 +28,7 @@ from scripts.runtime.termination import exit_on_sigterm
 _RUN_ARGUMENTS = set(inspect.signature(__import__("monai.bundle.scripts", fromlist=["run"]).run).parameters) - {
     "override"
 }  # fmt: skip
+_TRACKED_LOSS = ("MLFlowHandler", "train_loss")
 _SEPARATORS = re.compile(r"#|::")
 
 
@@ -254,7 +255,7 @@ def _rename_tracked_loss(parser: ConfigParser) -> None:
     """Keep apart the loss of an iteration and that of an epoch, which MONAI's MLflow handler would give one name."""
     handlers = parser.get("train#handlers") or []
     for number, handler in enumerate(handlers):
-        if handler["_target_"] == "MLFlowHandler" and handler.get("tag_name") == "train_loss":
+        if isinstance(handler, Mapping) and (handler["_target_"], handler.get("tag_name")) == _TRACKED_LOSS:
             parser[f"train#handlers#{number}#tag_name"] = "train_iteration_loss"
 
 

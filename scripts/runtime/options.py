@@ -103,6 +103,12 @@ OPTIONS: dict[str, Option] = {
     "overwrite": Option("flag", "replace results that are already there"),
     "seed": Option("int", "seed of everything random"),
     "device": Option("device", "cuda, cuda:1 or cpu"),
+    # tuning
+    "minutes": Option("float", "tuning takes this long, alignment and decision included"),
+    "steps": Option("count", "optimiser steps of each fold of a tuning, in place of the time; None goes by the time"),
+    "episode_size": Option("range", "tuning: context pairs of an episode, [low, high], as far as there are so many"),
+    "flips": Option("flag", "tuning: mirror episodes; for structures without a side"),
+    "tune": Option("float", "tune on the contexts for so many minutes first, once for a context set; 0 does not"),
     # inference and evaluation
     "target_images": Option("paths", "instead of dataset_dir: the scans, a list of files"),
     "context_dir": Option("path", "nnU-Net dataset folder with the example pairs (imagesTr, labelsTr)"),

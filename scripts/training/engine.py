@@ -119,6 +119,8 @@ def score_metrics(prefix: str, output_of: Callable[[Any], Mapping[str, Any]]) ->
 class GroupTrainer(SupervisedTrainer):
     """Trainer whose iteration is one batch of groups: every member in turn is the target, one episode each.
 
+    Of groups that say how many of their members are ``targets`` only so many, the first, are.
+
     The optimiser steps after every ``accumulation_steps`` episodes, and after the last one of an epoch. A group's
     ``loss_weight`` multiplies its loss. Under float16 the gradients are scaled. The engine's output is a list of one
     dict, a form that MONAI's handlers and its experiment tracking read: the last member's tensors, and ``loss``
@@ -170,13 +172,13 @@ class GroupTrainer(SupervisedTrainer):
         # once for all members, from pinned memory without waiting: picking members out first would give pageable copies
         moved = {key: batchdata[key].to(self.state.device, non_blocking=True) for key in ("image", "label")}
         batchdata = {**batchdata, **moved}
-        members = batchdata["image"].shape[1]
-        done = (self.state.iteration - 1) % self.state.epoch_length * members
+        targets = int(batchdata["targets"].min()) if "targets" in batchdata else batchdata["image"].shape[1]
+        done = (self.state.iteration - 1) % self.state.epoch_length * targets
         self.network.train()
         outputs = []
-        for target in range(members):
+        for target in range(targets):
             into_step = (done + target) % self.accumulation_steps
-            left = self.state.epoch_length * members - (done + target)
+            left = self.state.epoch_length * targets - (done + target)
             share = min(self.accumulation_steps, into_step + left)  # the last step of an epoch may have fewer episodes
             self.steps_now = into_step + 1 == share
             outputs.append(self._episode({**batchdata, "target": target}, into_step == 0, share))

@@ -80,6 +80,12 @@ VERBS: dict[str, Verb] = {
         instead={"dataset_dir": ("target_images",), "context_dir": ("context_images", "context_file")},
         usage="SCANS --examples EXAMPLES --output OUT [OPTIONS]",
     ),
+    "tune": _workflow(
+        "tune", "tune the weights on the examples for a minute, into a folder", word="context_dir", looks=True,
+        needs={"context_dir": CONTEXT, "output_dir": OUT},
+        instead={"context_dir": ("context_images", "context_file")},
+        usage="EXAMPLES --output OUT [--minutes 1] [OPTIONS]",
+    ),
     "train stage1": _workflow(
         "train_stage1", "train the first stage, into OUT/stage1", word="dataset_dir",
         needs={"dataset_dir": DATA, "output_dir": OUT}, also=("train_stage1",),

@@ -26,6 +26,7 @@ OPTIONS = "options.json"
 SEGMENTS = "segments.json"
 SERIES = "series.json"
 PACKAGED = "packaged.json"
+TUNING = "tuning.json"
 
 WRITE_FLAGGED = "write_flagged"
 """The application's own option: false writes no segmentation of a series that is unlike every context."""
@@ -90,7 +91,8 @@ class ModelFolder:
     """A folder with ``model.pt``, ``contexts/`` (an nnU-Net dataset) and, as far as needed, settings.
 
     Settings are ``options.json`` (of ``inference.json``), ``segments.json`` (codes of the labels), ``series.json``
-    (which series is taken) and ``packaged.json`` (hashes that weights and contexts must have).
+    (which series is taken), ``packaged.json`` (hashes that weights and contexts must have) and ``tuning.json`` (the
+    report, where the weights were tuned on these contexts).
 
     Attributes:
         path: the folder.
@@ -155,6 +157,7 @@ class ModelFolder:
         changed = [name for name, packaged in self._read(PACKAGED, found).items() if found.get(name) != packaged]
         if changed:
             raise ValueError(f"{self.path}: not as it was packaged ({', '.join(changed)}): package it anew")
+        inferer.predictor.tuned = self._read(TUNING, {}) or None
         return inferer
 
     def hashes(self, inferer: ConfidentInferer) -> dict[str, str]:

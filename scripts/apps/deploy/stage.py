@@ -25,6 +25,7 @@ from scripts.apps.deploy.model_folder import (
     PACKAGED,
     SEGMENTS,
     SERIES,
+    TUNING,
     WEIGHTS,
     WRITE_FLAGGED,
     ModelFolder,
@@ -58,6 +59,7 @@ def stage(
     amp: bool | str = "auto",
     seed: int = 0,
     write_flagged: bool = True,
+    tune: float = 0,
     overwrite: bool = False,
 ) -> None:
     """Make the folders to package, and prove that they make a predictor with the same context set.
@@ -77,6 +79,7 @@ def stage(
         amp: as in inference.json.
         seed: as in inference.json.
         write_flagged: write a segmentation of a series that is unlike every context, too, marked as such.
+        tune: minutes for tuning the weights on the context set first, as in inference.json; what wins is packaged.
         overwrite: replace output_dir, if this program made it and nobody added to it.
 
     Raises:
@@ -103,9 +106,14 @@ def stage(
         made = Path(work, "made")
         _copy_application(made / "app")
         packaged = ModelFolder(made / "models" / "neuroverse3d")
-        _copy_model(
-            packaged.path, chosen, Path(checkpoint), Path(context_dir), options | {WRITE_FLAGGED: flag(write_flagged)}
-        )
+        weights, minutes = Path(checkpoint), normalise("tune", tune)
+        if minutes:
+            chosen.predictor.tune(minutes, Path(work, "tuned"))
+            weights = Path(work, "tuned", WEIGHTS)
+        options |= {WRITE_FLAGGED: flag(write_flagged)}
+        _copy_model(packaged.path, chosen, weights, Path(context_dir), options)
+        if minutes:
+            write_json(chosen.predictor.tuned, packaged.path / TUNING)
         for file, name in ((segments, SEGMENTS), (series, SERIES)):
             if file is not None:
                 shutil.copyfile(file, packaged.path / name)

@@ -29,14 +29,14 @@ from scripts.apps.monailabel.predictors import Predictors, app_options  # noqa: 
 from scripts.apps.monailabel.sessions import CheckedSessions  # noqa: E402
 from scripts.apps.monailabel.statuses import NotFoundError, clear_statuses  # noqa: E402
 from scripts.apps.monailabel.strategy import LeastConfident, RandomReadable  # noqa: E402
-from scripts.apps.monailabel.train import FineTuning  # noqa: E402
+from scripts.apps.monailabel.train import Tuning  # noqa: E402
 from scripts.apps.monailabel.uploads import check_file, check_tag, is_received, leads_elsewhere  # noqa: E402
 
 MODEL = "neuroverse3d"
 
 
 class InContextApp(MONAILabelApp):
-    """Proposes segmentations from the annotations that are finished, and may be fine-tuned on them.
+    """Proposes segmentations from the annotations that are finished, and may be tuned on them.
 
     Args:
         app_dir: folder of this run of the app: weights in ``model``, logs in ``logs``.
@@ -89,8 +89,8 @@ class InContextApp(MONAILabelApp):
         return {MODEL: InContextSegmentation(self.annotations, self.predictors, self.model_folder)}
 
     def init_trainers(self) -> dict[str, TrainTask]:
-        """Fine-tuning."""
-        return {MODEL: FineTuning(self.annotations, self.model_folder, self.options.get("device"))}
+        """Tuning."""
+        return {MODEL: Tuning(self.annotations, self.model_folder, self.options)}
 
     def init_strategies(self) -> dict[str, Strategy]:
         """What to annotate next."""
@@ -155,7 +155,7 @@ class InContextApp(MONAILabelApp):
         return CheckedSessions(settings.MONAI_LABEL_SESSION_PATH, settings.MONAI_LABEL_SESSION_EXPIRY)
 
     def train(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Fine-tune; errors as HTTP statuses."""
+        """Tune; errors as HTTP statuses."""
         with clear_statuses():
             return super().train(request)
 

@@ -29,8 +29,8 @@ one what is kept of one serves every scan, whichever contexts go with it."""
 
 _OWN = {"dataset_dir", "target_images", "context_dir", "context_images", "context_labels", "context_file",
         "checkpoint", "output_dir", "split_file", "fold", "subject_pattern", "target_split", "shard", "overlays",
-        "probabilities", "overwrite", "task", "self_test", "skip_bad_cases", "channel", "context_label_channel", "help",
-        "debug"}  # fmt: skip
+        "probabilities", "overwrite", "task", "self_test", "tune", "skip_bad_cases", "channel",
+        "context_label_channel", "help", "debug"}  # fmt: skip
 """Options of ``inference.json`` that the app decides on, or that are of no use to it."""
 
 _KEPT = 2

@@ -258,15 +258,18 @@ def test_a_fault_of_the_program_is_not_hidden():
     assert full.value.status_code == 503
 
 
-def test_a_fine_tuning_that_fails_publishes_nothing(tmp_path, make_app, make_studies):
+def test_a_tuning_that_fails_publishes_nothing(tmp_path, make_app, make_studies):
     studies = make_studies(tmp_path, cases=5)
     app = make_app(studies)
+    with pytest.raises(HTTPException) as refused:
+        app.train({"model": MODEL})
+    assert refused.value.status_code == 409 and "there is none" in refused.value.detail
     save(app, studies, *studies.cases)
     wrong = [
-        ({"max_epochs": 0}, 422, "epochs"),
+        ({"seconds": 0}, 422, "seconds"),
         ({"start_from": "weights_0007.pt"}, 404, "weights_0007"),
         ({"learning_rate": "fast"}, 422, "fast"),
-        ({"augment": "$1"}, 422, "$1"),
+        ({"seconds": "$1"}, 422, "$1"),
     ]
     for settings, status, said in wrong:
         with pytest.raises(HTTPException) as refused:

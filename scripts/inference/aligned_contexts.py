@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nibabel as nib
@@ -30,11 +30,12 @@ from scripts.data.resampling import grid_axes
 from scripts.inference.aligned_view import AlignedView, EmptyView
 from scripts.inference.contexts import ContextSet, listing
 from scripts.inference.regions import LabelGroup, extreme_points, group_labels, overlap_of_boxes
-from scripts.inference.target import NOT_TO_BE_TRUSTED, Target
+from scripts.inference.target import Target
 from scripts.inference.tensor_cache import TensorCache
 from scripts.registration import Alignment, align
 from scripts.registration.alignment import working_spacing
 from scripts.registration.grids import canonical, resample
+from scripts.registration.similarity import EDGES, KINDS
 from scripts.runtime.atomic_files import write_json
 
 __all__ = ["MODES", "AlignedContexts"]
@@ -62,6 +63,10 @@ and if that does not help say nothing of regions."""
 
 DOUBTFUL = 0.05
 """Whole scans' similarity this far below the best one's may mean a wrong place: they are searched for themselves."""
+
+DISAGREEING = 0.38
+"""Median similarity of contexts in regions, below which edges are compared alone: of one contrast they reach 0.40 to
+0.62, intensities of different ones 0.28 in wrong places (development cases)."""
 
 ENOUGH = 5
 """So many contexts that one of them may be disregarded where a region ends."""
@@ -96,6 +101,21 @@ class _Brought:
     similarity: float
     aligned: bool
     words: str
+
+
+@dataclass
+class _Looked:
+    """A target with its contexts brought there: regions, labels that lie outside, and by number how they agree."""
+
+    views: list[AlignedView] = field(default_factory=list)
+    outside: list[int] = field(default_factory=list)
+    similarity: dict[int, float] = field(default_factory=dict)
+    words: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def agreement(self) -> float:
+        """Median similarity of the contexts that serve; -1 if none does."""
+        return float(np.median(list(self.similarity.values()))) if self.similarity else -1.0
 
 
 class AlignedContexts:
@@ -232,14 +252,16 @@ class AlignedContexts:
                 sure = bool(found.aligned[k]) and found.similarity[k] > found.similarity.max() - DOUBTFUL
                 self._from_first[number] = found.affine[k].numpy() if sure else None
 
-    def _coarsely(self, scan: MetaTensor, numbers: Sequence[int], start: Tensor | None = None) -> Alignment:
+    def _coarsely(
+        self, scan: MetaTensor, numbers: Sequence[int], start: Tensor | None = None, kinds: Sequence[str] = KINDS
+    ) -> Alignment:
         """Affine transforms from a scan to contexts, as good as finding the regions needs them."""
         contexts = [self._on_device(number) for number in numbers]
         grids = [canonical(volume)[1] for volume in (scan, *contexts)]
         spacing = max(
             working_spacing(grids[0], grids[1:]), COARSE_STEP * min(float(g.spacing.min()) for g in grids[1:])
         )
-        return align(scan, contexts, "affine", start, spacing)
+        return align(scan, contexts, "affine", start, spacing, kinds)
 
     def _on_device(self, number: int) -> MetaTensor:
         return self._know(number).image.to(self.device)
@@ -265,25 +287,11 @@ class AlignedContexts:
             target.show_as_it_is(scattered if numbers else values, self.context)
         if not (numbers and followed):
             return
-        whole = self._whole(coarser(target.scan, COARSE_VOXELS).to(self.device), numbers)
-        starts = {number: one.affine for number, one in whole.items()}
-        best = max(one.similarity for one in whole.values())
-        near = [number for number in numbers if whole[number].similarity >= best - REACH]
-        views, words, outside = [], {}, []
-        for group in self.groups(followed):
-            box = self._box(target.scan, group, starts, near)
-            if box is None:
-                outside.extend(group.values)
-                continue
-            view = self._view(target, group, box, starts)
-            if view is not None:
-                views.append(view)
-                words |= view.words
-                for number, value in view.similarity.items():
-                    target.aligned[number] = max(value, target.aligned.get(number, -1.0))
-        if len(outside) == len(followed):  # no region to compare in
-            target.aligned = {number: one.similarity for number, one in whole.items() if one.aligned}
-            words = {number: one.words for number, one in whole.items()}
+        found = self._looked(target, numbers, followed, KINDS)
+        if found.agreement < DISAGREEING:  # outlines alone may agree where contrasts differ, in a wrong place
+            found = max(found, self._looked(target, numbers, followed, (EDGES,)), key=lambda one: one.agreement)
+        views, words, outside = found.views, found.words, found.outside
+        target.aligned = dict(found.similarity)
         left_out = sorted(number for number in numbers if number not in target.aligned)
         target.alignment = {
             "mode": self.mode,
@@ -295,8 +303,9 @@ class AlignedContexts:
             "regions": [view.facts for view in views],
             "as_it_is": scattered,
         }
+        if target.doubt:
+            target.warnings.append(target.doubt)
         if not target.aligned:
-            target.warnings.append(NOT_TO_BE_TRUSTED)
             target.show_as_it_is(followed, self.context)
             return
         if left_out:
@@ -310,6 +319,29 @@ class AlignedContexts:
             target.warnings.append(f"no context aligned where it lies, left empty: label {which}")
         target.views += [*views, *([EmptyView(target.image, rest)] if rest else [])]
 
+    def _looked(self, target: Target, numbers: Sequence[int], values: Sequence[int], kinds: Sequence[str]) -> _Looked:
+        """Contexts brought to the whole of a target, then to each of its regions, by what may be compared."""
+        whole = self._whole(coarser(target.scan, COARSE_VOXELS).to(self.device), numbers, kinds)
+        starts = {number: one.affine for number, one in whole.items()}
+        best = max(one.similarity for one in whole.values())
+        near = [number for number in numbers if whole[number].similarity >= best - REACH]
+        found = _Looked()
+        for group in self.groups(values):
+            box = self._box(target.scan, group, starts, near)
+            if box is None:
+                found.outside.extend(group.values)
+                continue
+            view = self._view(target, group, box, starts, kinds)
+            if view is not None:
+                found.views.append(view)
+                found.words |= view.words
+                for number, value in view.similarity.items():
+                    found.similarity[number] = max(value, found.similarity.get(number, -1.0))
+        if len(found.outside) == len(values):  # no region to compare in
+            found.similarity |= {number: one.similarity for number, one in whole.items() if one.aligned}
+            found.words |= {number: one.words for number, one in whole.items()}
+        return found
+
     def _preselected(self, target: Target, eligible: Mapping[int, Sequence[int]]) -> list[int]:
         """Contexts that may serve some label, the ones that look most like the target as they are first."""
         alike = self.context.similarity(target.image).tolist()
@@ -317,35 +349,42 @@ class AlignedContexts:
         ranked = {n for pool in eligible.values() for n in sorted(pool, key=lambda n: (-alike[n], n))[:most]}
         return sorted(ranked, key=lambda n: (-alike[n], n))
 
-    def _whole(self, scan: MetaTensor, numbers: Sequence[int]) -> dict[int, _Brought]:
+    def _whole(self, scan: MetaTensor, numbers: Sequence[int], kinds: Sequence[str]) -> dict[int, _Brought]:
         """Contexts brought to a whole scan by affine transforms."""
         related = [number for number in numbers if self._from_first[number] is not None]
         references = related[:REFERENCES]
         brought: dict[int, _Brought] = {}
         if len(related) > len(references):
-            first = self._coarsely(scan, references)
+            first = self._coarsely(scan, references, kinds=kinds)
             for k, reference in enumerate(references):  # one of them may have been found in a wrong place
                 to_first = np.linalg.inv(self._from_first[reference]) @ first.affine[k].numpy()
                 starts = {number: torch.from_numpy(self._from_first[number] @ to_first) for number in related}
-                _keep_better(brought, self._brought_from(scan, starts))
+                _keep_better(brought, self._brought_from(scan, starts, kinds))
         least = max((one.similarity for one in brought.values()), default=1.0) - DOUBTFUL
         lost = [n for n in numbers if n not in brought or brought[n].similarity < least]
-        _keep_better(brought, self._brought_from(scan, dict.fromkeys(lost)))
+        _keep_better(brought, self._brought_from(scan, dict.fromkeys(lost), kinds))
         return brought
 
-    def _brought_from(self, scan: MetaTensor, starts: Mapping[int, Tensor | None]) -> dict[int, _Brought]:
+    def _brought_from(
+        self, scan: MetaTensor, starts: Mapping[int, Tensor | None], kinds: Sequence[str]
+    ) -> dict[int, _Brought]:
         """Contexts brought to a whole scan from transforms that are about right, or by search where these are None."""
         brought = {}
         for part in _batches(list(starts)):
             near = None if starts[part[0]] is None else torch.stack([starts[number] for number in part])
-            found = self._coarsely(scan, part, near)
+            found = self._coarsely(scan, part, near, kinds)
             for k, number in enumerate(part):
                 similar, aligned = float(found.similarity[k]), bool(found.aligned[k])
                 brought[number] = _Brought(found.affine[k], similar, aligned, found.describe(k))
         return brought
 
     def _view(
-        self, target: Target, group: LabelGroup, box: Sequence[tuple[int, int]], starts: Mapping[int, Tensor]
+        self,
+        target: Target,
+        group: LabelGroup,
+        box: Sequence[tuple[int, int]],
+        starts: Mapping[int, Tensor],
+        kinds: Sequence[str],
     ) -> AlignedView | None:
         """A region with the contexts that align there; None if none does."""
         affine, shape = np.asarray(target.scan.affine, dtype=float), target.scan.shape[1:]
@@ -363,7 +402,8 @@ class AlignedContexts:
             if not numbers:
                 continue
             images = [crops[n][0].to(self.device) for n in numbers]
-            found = align(region, images, self.mode, torch.stack([starts[n] for n in numbers]), group.spacing_mm)
+            start = torch.stack([starts[n] for n in numbers])
+            found = align(region, images, self.mode, start, group.spacing_mm, kinds)
             for k, number in enumerate(numbers):
                 if bool(found.aligned[k]):
                     view.add(number, found, k, *crops[number])

@@ -31,7 +31,7 @@ from scripts.inference.self_test import (
     summary,
     table,
 )
-from scripts.inference.target import NOT_TO_BE_TRUSTED, Target
+from scripts.inference.target import Target
 from scripts.inference.views import EVEN_SHARE, Members, mixed
 from scripts.inferer import ICLInferer, Volume
 
@@ -224,7 +224,7 @@ class ConfidentInferer(Inferer):
         grid = self.predictor.context.preprocessing.spatial_size
         similarity, unlike = self._similarity(ResizeWithPadOrCrop(grid)(target.image.as_tensor()))
         flags = [f"unlike every context in {' and '.join(unlike)}"] if unlike else []
-        flags += [] if target.trusted else [NOT_TO_BE_TRUSTED]
+        flags += [target.doubt] if target.doubt else []
         flags += [
             f"label {value}: agreement {agreement[value]:.2f}, in the contexts at least {lowest:.2f}"
             for value, lowest in self._lowest_agreement.items()

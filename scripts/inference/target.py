@@ -19,6 +19,7 @@ OnLabel = Callable[[int, int, int], None]
 
 
 NOT_TO_BE_TRUSTED = "no context could be aligned: the prediction is not to be trusted"
+HARDLY_TO_BE_TRUSTED = "most contexts could not be aligned: the prediction is not to be trusted"
 
 
 @dataclass(eq=False)
@@ -62,9 +63,13 @@ class Target:
     on_label: OnLabel | None = None
 
     @property
-    def trusted(self) -> bool:
-        """False if contexts were to be brought to the scan, and none could be."""
-        return self.alignment is None or bool(self.aligned)
+    def doubt(self) -> str | None:
+        """Why the prediction is not to be trusted: less than half of the contexts could be brought to the scan."""
+        if self.alignment is None:
+            return None
+        if not self.aligned:
+            return NOT_TO_BE_TRUSTED
+        return HARDLY_TO_BE_TRUSTED if len(self.aligned) < len(self.alignment["left_out"]) else None
 
     def show_as_it_is(self, values: Sequence[int], context: ContextSet) -> None:
         """Add a view of the whole target beside the contexts as they are, for some labels."""

@@ -132,6 +132,7 @@ def align(
     mode: str = "deformable",
     start: Tensor | None = None,
     spacing_mm: float | None = None,
+    kinds: Sequence[str] = KINDS,
 ) -> Alignment:
     """Finds where every voxel of a target lies in each context.
 
@@ -141,6 +142,7 @@ def align(
         mode: the last step: ``search`` (coarse, affine), ``affine`` or ``deformable``.
         start: (K, 4, 4) transforms that are about right, as in :attr:`Alignment.affine`; nothing is searched then.
         spacing_mm: voxel size of the working grid; None takes the contexts' own, or what :data:`VOXEL_BUDGET` allows.
+        kinds: what may be compared, of :data:`~scripts.registration.similarity.KINDS`.
 
     Raises:
         ValueError: an unknown mode; no context; an image that is constant, not finite, or of more than one channel.
@@ -157,10 +159,10 @@ def align(
     spacing = spacing_mm or working_spacing(own, [grid for _, grid in pairs])
     scans = [_Scan(voxels, grid) for voxels, grid in pairs]
     if start is None:
-        return _register(_Scan(image, own), scans, mode, spacing)
+        return _register(_Scan(image, own), scans, mode, spacing, kinds)
     start = torch.as_tensor(start, dtype=torch.float64).cpu()
     brought = [_brought(scan, own, before, spacing) for scan, before in zip(scans, start, strict=True)]
-    found = _register(_Scan(image, own), brought, mode, spacing, near=True)
+    found = _register(_Scan(image, own), brought, mode, spacing, kinds, near=True)
     return replace(found, affine=start @ found.affine)
 
 
@@ -219,15 +221,17 @@ def _brought(scan: _Scan, target: Grid, start: Tensor, spacing: float) -> _Scan:
     return _Scan(image, frame, inside)
 
 
-def _register(target: _Scan, contexts: Sequence[_Scan], mode: str, spacing: float, near: bool = False) -> Alignment:
+def _register(
+    target: _Scan, contexts: Sequence[_Scan], mode: str, spacing: float, kinds: Sequence[str], near: bool = False
+) -> Alignment:
     """All steps; ``near`` contexts are not searched for."""
     every = torch.arange(len(contexts))
     affine = torch.eye(4, dtype=torch.float64).repeat(len(contexts), 1, 1)
     searched = torch.zeros(len(contexts), dtype=torch.bool)
     if near:
-        kind = _better_kind(_level(target, contexts, 2 * spacing, KINDS, SEARCH_WINDOW_VOXELS), affine)
+        kind = _better_kind(_level(target, contexts, 2 * spacing, kinds, SEARCH_WINDOW_VOXELS), affine, kinds)
     else:
-        affine, kind, searched = _coarse(target, contexts, spacing)
+        affine, kind, searched = _coarse(target, contexts, spacing, kinds)
     half = _level(target, contexts, 2 * spacing, (kind,), WINDOW_VOXELS)
     if mode != "search":
         affine, _, _ = gauss_newton(half, affine, every, AFFINE_ITERATIONS[0])
@@ -256,7 +260,9 @@ def _register(target: _Scan, contexts: Sequence[_Scan], mode: str, spacing: floa
     )
 
 
-def _coarse(target: _Scan, contexts: Sequence[_Scan], finest: float) -> tuple[Tensor, str, Tensor]:
+def _coarse(
+    target: _Scan, contexts: Sequence[_Scan], finest: float, kinds: Sequence[str]
+) -> tuple[Tensor, str, Tensor]:
     """Affine transforms (K, 4, 4) from where scans lie or from the search, what compares better, who was searched.
 
     Each kind of image is registered by itself: under another contrast the intensities would push scans apart.
@@ -266,13 +272,13 @@ def _coarse(target: _Scan, contexts: Sequence[_Scan], finest: float) -> tuple[Te
     every = torch.arange(len(contexts))
     in_place = torch.eye(4, dtype=torch.float64).repeat(len(contexts), 1, 1)
     starts = torch.stack((in_place, _centred(target, contexts)), 1)
-    levels = {kind: _level(target, contexts, spacing, (kind,), SEARCH_WINDOW_VOXELS) for kind in KINDS}
+    levels = {kind: _level(target, contexts, spacing, (kind,), SEARCH_WINDOW_VOXELS) for kind in kinds}
     found = {kind: _refined(level, starts, every) for kind, level in levels.items()}
     far = {kind: score < GOOD_START for kind, (_, score) in found.items()}
     agreement = {kind: float(score.median()) for kind, (_, score) in found.items()}
-    kind = max(KINDS, key=agreement.__getitem__)
+    kind = max(kinds, key=agreement.__getitem__)
     frames = [scan.grid.with_spacing(spacing) for scan in contexts]
-    for tried in KINDS if agreement[kind] < GOOD_START else (kind,):
+    for tried in kinds if agreement[kind] < GOOD_START else (kind,):
         if far[tried].any():
             which = every[far[tried]]
             best, score = found[tried]
@@ -280,7 +286,7 @@ def _coarse(target: _Scan, contexts: Sequence[_Scan], finest: float) -> tuple[Te
             better = new_score > score[which]
             best[which[better]], score[which[better]] = new[better], new_score[better]
             agreement[tried] = float(score.median())
-    kind = max(KINDS, key=agreement.__getitem__)
+    kind = max(kinds, key=agreement.__getitem__)
     return found[kind][0], kind, far[kind]
 
 
@@ -296,10 +302,10 @@ def _refined(level: Level, starts: Tensor, which: Tensor) -> tuple[Tensor, Tenso
     return found[rows, place], score[rows, place]
 
 
-def _better_kind(level: Level, affine: Tensor) -> str:
+def _better_kind(level: Level, affine: Tensor, kinds: Sequence[str]) -> str:
     """What correlates better over the contexts' median; the level has one channel of each kind."""
     moved = _moved(level, affine, torch.zeros(1, 3, *level.grid.shape).to(level.target))
-    return KINDS[int(correlation(level.target, moved).median(0).values.argmax())]
+    return kinds[int(correlation(level.target, moved).median(0).values.argmax())]
 
 
 def _moved(level: Level, affine: Tensor, displacement: Tensor) -> Tensor:

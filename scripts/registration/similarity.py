@@ -14,7 +14,8 @@ from scripts.registration import separable
 
 FLOOR = 0.1
 """Local standard deviations below this share of the image's mean one are noise; they are not blown up."""
-KINDS = ("intensity", "edges")
+EDGES = "edges"
+KINDS = ("intensity", EDGES)
 
 
 def locally_normalised(image: Tensor, inside: Tensor, window: float) -> Tensor:
@@ -57,7 +58,7 @@ def gradient(image: Tensor) -> Tensor:
 
 def features(image: Tensor, inside: Tensor, kind: str, window: float) -> Tensor:
     """Locally normalised image of a kind, (K, 1, H, W, D)."""
-    if kind == "edges":
+    if kind == EDGES:
         image = edge_length(image)
     return locally_normalised(image, inside, window)
 

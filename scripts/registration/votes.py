@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from scripts.registration.similarity import edge_length, local_correlation
+from scripts.registration.similarity import EDGES, edge_length, local_correlation
 
 BETA = 4.0
 WINDOW_VOXELS = 5.0
@@ -36,7 +36,7 @@ def vote_weights(
         ValueError: no context counts.
     """
     target = target[None]
-    if kind == "edges":
+    if kind == EDGES:
         target, warped = edge_length(target), edge_length(warped)
     scores = beta * local_correlation(_standardised(target), _standardised(warped), window)
     if aligned is not None:

@@ -88,7 +88,7 @@ def test_contexts_in_another_pose_are_brought_to_the_target():
     found = {mode: predicted(predictor(pairs, mode), image) for mode in ("off", "affine", "deformable")}
     (plain,), (affine,), (deformable,) = (dice(found[mode].prediction, label) for mode in found)
     assert plain < 0.5 and affine > 0.8 and deformable > 0.85
-    assert found["off"].alignment is None and found["off"].trusted and not found["off"].aligned
+    assert found["off"].alignment is None and not found["off"].doubt and not found["off"].aligned
     for mode in ("affine", "deformable"):
         said = found[mode].alignment
         assert said["mode"] == mode and list(said["contexts"]) == ["context 1", "context 2", "context 3"]
@@ -117,7 +117,7 @@ def test_a_reoriented_scan_has_the_same_prediction(near, code):
 def test_a_target_unlike_every_context_is_not_to_be_trusted(near):
     confident = ConfidentInferer(near, progress=False)
     target = confident.complete(near.target(noise()))
-    assert not target.trusted and target.warnings == [NOT_TO_BE_TRUSTED]
+    assert target.doubt == NOT_TO_BE_TRUSTED and target.warnings == [NOT_TO_BE_TRUSTED]
     assert NOT_TO_BE_TRUSTED in target.confidence["flags"]
     assert target.alignment["contexts"] == {} and target.alignment["left_out"] == near.context.names
     plain = predictor([subject(seed) for seed in range(3)], "off")
@@ -132,7 +132,7 @@ def test_a_context_that_does_not_align_is_left_out_and_named():
         "context 1",
         "context 3",
     ]
-    assert target.used == {1: ["context 1", "context 3"]} and target.trusted
+    assert target.used == {1: ["context 1", "context 3"]} and not target.doubt
     assert target.warnings == ["not aligned and left out: context 2"]
     assert dice(target.prediction, subject(10)[1])[0] > 0.8
 
@@ -149,14 +149,26 @@ def test_labels_far_apart_get_regions_of_their_own(second, regions):
     assert len(target.views) == regions and set(target.used) == {1, 2}
 
 
+def test_contexts_of_another_contrast_vote_and_the_network_is_not_asked():
+    pairs = [subject(seed) for seed in range(4)]
+    image, label = subject(10)
+    for scan, alike in ((image, True), (image.max() - image, False)):
+        target = predicted(predictor(pairs, network=LabelAverage(factor=0.0)), scan)
+        (region,) = target.alignment["regions"]
+        network, votes = predictor(pairs).parts(target, LabelAverage(factor=0.0), {1: sorted(target.aligned)})[0]
+        assert (region["intensities_alike"] > 0.8) == alike
+        assert (network == votes).all() == (not alike) and votes.max() > 0.9
+    assert region["compared"] == "edges" and dice(target.prediction, label)[0] > 0.7
+
+
 def test_labels_outside_of_the_scan_are_background():
     places = {1: (0, 0, -7), 2: (0, 0, 10)}
     pairs = [subject(seed, degrees=2, shift=1, places=places) for seed in range(3)]
-    image, label = (part[..., :12] for part in subject(10, degrees=2, shift=1, places=places))
+    image, label = (part[..., :11] for part in subject(10, degrees=2, shift=1, places=places))
     both = predicted(predictor(pairs), image)
     assert dice(both.prediction, label)[0] > 0.75 and both.prediction.max() == 1
     alone = predicted(predictor(pairs, labels=[2]), image)
-    assert not alone.prediction.any() and alone.trusted and len(alone.aligned) == 3
+    assert not alone.prediction.any() and not alone.doubt and len(alone.aligned) == 3
     assert alone.warnings == ["outside of the scan and left empty: label 2"]
 
 

@@ -77,7 +77,7 @@ class Prepared:
         target = self.predictor.complete(self.predictor.target(image))
         warnings = self.predictor.context.warnings(self.predictor.label_values)
         if alone := [str(label) for label, used in target.used.items() if not used]:
-            if len(alone) == len(target.used) and target.trusted:
+            if len(alone) == len(target.used) and not target.doubt:
                 raise SameScanError("the finished annotations are of this very scan: annotate another one")
             warnings.append(f"no other scan has label {', '.join(alone)}: left empty")
         elif not target.prediction.any():

@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from scripts.registration import separable
-from scripts.registration.affine import Level, gauss_newton, rigid_basis
+from scripts.registration.affine import STRETCH_LIMIT, Level, gauss_newton, rigid_basis
 from scripts.registration.deformable import demons, folded_share, voxel_indices, voxel_maps, warp_features
 from scripts.registration.grids import Grid, canonical, resample, sample
 from scripts.registration.search import search
@@ -70,8 +70,10 @@ class Alignment:
 
     @property
     def aligned(self) -> Tensor:
-        """(K,) bool: contexts that agree with the target well enough to be used."""
-        return (self.similarity >= ALIGNED) & (self.folded < 0.01)
+        """(K,) bool: contexts that agree with the target well enough to be used, and are not stretched to do so."""
+        stretch = torch.linalg.svdvals(self.affine[:, :3, :3])
+        plausible = (stretch.amin(1) > 1 / STRETCH_LIMIT) & (stretch.amax(1) < STRETCH_LIMIT)
+        return (self.similarity >= ALIGNED) & (self.folded < 0.01) & plausible
 
     def warp(
         self,
@@ -238,13 +240,16 @@ def _register(target: _Scan, contexts: Sequence[_Scan], mode: str, spacing: floa
     displacement = 2 * separable.apply(displacement, _upsampling(half.grid.shape, level.grid.shape, displacement))
     if mode == "deformable":
         displacement = demons(level, affine, displacement, DEFORMABLE_ITERATIONS[1], FLUID_VOXELS, ELASTIC_VOXELS)
-    moved = _moved(level, affine, displacement)
-    known = level.target != 0
+    judged = half if mode == "affine" else level  # bent scans agree down to fine detail, others do not
+    moved = _moved(
+        judged, affine, displacement if judged is level else torch.zeros(1, 3, *half.grid.shape).to(displacement)
+    )
+    known = judged.target != 0
     return Alignment(
         grid=level.grid,
         affine=affine,
         displacement=displacement * spacing if mode == "deformable" else None,
-        similarity=correlation(level.target, moved).mean(1).cpu(),
+        similarity=correlation(judged.target, moved).mean(1).cpu(),
         cover=((known & (moved != 0)).flatten(1).sum(1) / known.sum()).cpu(),
         folded=folded_share(displacement).cpu(),
         kind=kind,
@@ -255,18 +260,23 @@ def _register(target: _Scan, contexts: Sequence[_Scan], mode: str, spacing: floa
 def _coarse(target: _Scan, contexts: Sequence[_Scan], finest: float) -> tuple[Tensor, str, Tensor]:
     """Affine transforms (K, 4, 4) from where scans lie or from the search, what compares better, who was searched.
 
-    Each kind of image is registered by itself: under another contrast the intensities would push scans apart.
+    Each kind of image is registered by itself: under another contrast the intensities would push scans apart. Where
+    intensities agree, nothing else is tried.
     """
     sizes = [float(scan.grid.extent.prod()) ** (1 / 3) for scan in (target, *contexts)]
     spacing = max(min(sizes) / SEARCH_VOXELS, max(sizes) / (2 * SEARCH_VOXELS), finest)
-    levels = {kind: _level(target, contexts, spacing, (kind,), SEARCH_WINDOW_VOXELS) for kind in KINDS}
     every = torch.arange(len(contexts))
     in_place = torch.eye(4, dtype=torch.float64).repeat(len(contexts), 1, 1)
     starts = torch.stack((in_place, _centred(target, contexts)), 1)
-    found = {kind: _refined(level, starts, every) for kind, level in levels.items()}
+    levels, found, agreement = {}, {}, {}
+    for kind in KINDS:
+        levels[kind] = _level(target, contexts, spacing, (kind,), SEARCH_WINDOW_VOXELS)
+        found[kind] = _refined(levels[kind], starts, every)
+        agreement[kind] = float(found[kind][1].median())
+        if agreement[kind] >= GOOD_START:
+            break
     far = {kind: score < GOOD_START for kind, (_, score) in found.items()}
-    agreement = {kind: float(score.median()) for kind, (_, score) in found.items()}
-    kind = max(KINDS, key=agreement.__getitem__)
+    kind = max(found, key=agreement.__getitem__)
     frames = [scan.grid.with_spacing(spacing) for scan in contexts]
     for tried in KINDS if agreement[kind] < GOOD_START else (kind,):
         if far[tried].any():
@@ -276,7 +286,7 @@ def _coarse(target: _Scan, contexts: Sequence[_Scan], finest: float) -> tuple[Te
             better = new_score > score[which]
             best[which[better]], score[which[better]] = new[better], new_score[better]
             agreement[tried] = float(score.median())
-    kind = max(KINDS, key=agreement.__getitem__)
+    kind = max(found, key=agreement.__getitem__)
     return found[kind][0], kind, far[kind]
 
 

@@ -19,7 +19,7 @@ HUBER = 1.0
 STEP_LIMIT = 0.15
 """Largest change of any entry in one iteration; coordinates are halves of the target's size."""
 
-SETTLED_VOXELS = 0.2
+SETTLED_VOXELS = 0.02
 """A pair is left as it is once its corners move by less in an iteration, in voxels."""
 
 STRETCH_LIMIT = 1.6

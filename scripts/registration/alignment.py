@@ -231,27 +231,26 @@ def _register(target: _Scan, contexts: Sequence[_Scan], mode: str, spacing: floa
     half = _level(target, contexts, 2 * spacing, (kind,), WINDOW_VOXELS)
     if mode != "search":
         affine, _, _ = gauss_newton(half, affine, every, AFFINE_ITERATIONS[0])
-    level = _level(target, contexts, spacing, (kind,), WINDOW_VOXELS)
-    displacement = torch.zeros(len(contexts), 3, *half.grid.shape).to(half.target)
-    if mode == "affine":
-        affine, _, _ = gauss_newton(level, affine, every, AFFINE_ITERATIONS[1])
-    else:
-        displacement = demons(half, affine, displacement, DEFORMABLE_ITERATIONS[0], FLUID_VOXELS, ELASTIC_VOXELS)
-    displacement = 2 * separable.apply(displacement, _upsampling(half.grid.shape, level.grid.shape, displacement))
+    still = torch.zeros(len(contexts), 3, *half.grid.shape).to(half.target)
     if mode == "deformable":
-        displacement = demons(level, affine, displacement, DEFORMABLE_ITERATIONS[1], FLUID_VOXELS, ELASTIC_VOXELS)
-    judged = half if mode == "affine" else level  # bent scans agree down to fine detail, others do not
-    moved = _moved(
-        judged, affine, displacement if judged is level else torch.zeros(1, 3, *half.grid.shape).to(displacement)
-    )
+        judged = _level(target, contexts, spacing, (kind,), WINDOW_VOXELS)
+        bent = demons(half, affine, still, DEFORMABLE_ITERATIONS[0], FLUID_VOXELS, ELASTIC_VOXELS)
+        bent = 2 * separable.apply(bent, _upsampling(half.grid.shape, judged.grid.shape, bent))
+        bent = demons(judged, affine, bent, DEFORMABLE_ITERATIONS[1], FLUID_VOXELS, ELASTIC_VOXELS)
+    else:
+        judged, bent = half, still  # only bent scans agree down to the finest detail
+        if mode == "affine":
+            level = _level(target, contexts, spacing, (kind,), WINDOW_VOXELS)
+            affine, _, _ = gauss_newton(level, affine, every, AFFINE_ITERATIONS[1])
+    moved = _moved(judged, affine, bent)
     known = judged.target != 0
     return Alignment(
-        grid=level.grid,
+        grid=judged.grid,
         affine=affine,
-        displacement=displacement * spacing if mode == "deformable" else None,
+        displacement=bent * spacing if mode == "deformable" else None,
         similarity=correlation(judged.target, moved).mean(1).cpu(),
         cover=((known & (moved != 0)).flatten(1).sum(1) / known.sum()).cpu(),
-        folded=folded_share(displacement).cpu(),
+        folded=folded_share(bent).cpu(),
         kind=kind,
         searched=searched,
     )
@@ -260,23 +259,18 @@ def _register(target: _Scan, contexts: Sequence[_Scan], mode: str, spacing: floa
 def _coarse(target: _Scan, contexts: Sequence[_Scan], finest: float) -> tuple[Tensor, str, Tensor]:
     """Affine transforms (K, 4, 4) from where scans lie or from the search, what compares better, who was searched.
 
-    Each kind of image is registered by itself: under another contrast the intensities would push scans apart. Where
-    intensities agree, nothing else is tried.
+    Each kind of image is registered by itself: under another contrast the intensities would push scans apart.
     """
     sizes = [float(scan.grid.extent.prod()) ** (1 / 3) for scan in (target, *contexts)]
     spacing = max(min(sizes) / SEARCH_VOXELS, max(sizes) / (2 * SEARCH_VOXELS), finest)
     every = torch.arange(len(contexts))
     in_place = torch.eye(4, dtype=torch.float64).repeat(len(contexts), 1, 1)
     starts = torch.stack((in_place, _centred(target, contexts)), 1)
-    levels, found, agreement = {}, {}, {}
-    for kind in KINDS:
-        levels[kind] = _level(target, contexts, spacing, (kind,), SEARCH_WINDOW_VOXELS)
-        found[kind] = _refined(levels[kind], starts, every)
-        agreement[kind] = float(found[kind][1].median())
-        if agreement[kind] >= GOOD_START:
-            break
+    levels = {kind: _level(target, contexts, spacing, (kind,), SEARCH_WINDOW_VOXELS) for kind in KINDS}
+    found = {kind: _refined(level, starts, every) for kind, level in levels.items()}
     far = {kind: score < GOOD_START for kind, (_, score) in found.items()}
-    kind = max(found, key=agreement.__getitem__)
+    agreement = {kind: float(score.median()) for kind, (_, score) in found.items()}
+    kind = max(KINDS, key=agreement.__getitem__)
     frames = [scan.grid.with_spacing(spacing) for scan in contexts]
     for tried in KINDS if agreement[kind] < GOOD_START else (kind,):
         if far[tried].any():
@@ -286,7 +280,7 @@ def _coarse(target: _Scan, contexts: Sequence[_Scan], finest: float) -> tuple[Te
             better = new_score > score[which]
             best[which[better]], score[which[better]] = new[better], new_score[better]
             agreement[tried] = float(score.median())
-    kind = max(found, key=agreement.__getitem__)
+    kind = max(KINDS, key=agreement.__getitem__)
     return found[kind][0], kind, far[kind]
 
 

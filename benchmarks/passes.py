@@ -50,7 +50,7 @@ def forward_pass(
     episode = make_episode(spatial_size, context_size, device)
     with torch.no_grad(), autocast:
         seconds, output = timed(lambda: network(*episode, mini_context_size), device, warm_ups, repeats)
-    return {"seconds": seconds, "check": probe(output)} | _tolerance(precision)
+    return {"seconds": seconds, "check": probe(output)} | tolerance(precision)
 
 
 def training_step(
@@ -96,7 +96,7 @@ def training_step(
 
     seconds, loss = timed(step, device, warm_ups, repeats)
     # after one step: gradients have had their say
-    return {"seconds": seconds, "check": [loss.item()]} | _tolerance(precision)
+    return {"seconds": seconds, "check": [loss.item()]} | tolerance(precision)
 
 
 def _in_precision(precision: str, device: str) -> torch.autocast:
@@ -107,7 +107,8 @@ def _in_precision(precision: str, device: str) -> torch.autocast:
     return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def _tolerance(precision: str) -> dict[str, float]:
+def tolerance(precision: str) -> dict[str, float]:
+    """How far a check in this precision may be from float32, as :func:`benchmarks.paired.compare` reads it."""
     return {} if precision == "float32" else {"tolerance": _BF16_TOLERANCE}
 
 

@@ -1,8 +1,9 @@
 """Forward pass: time and peak memory of ours against the baseline, and against the machine's matrix-product rate.
 
-    python -m benchmarks.forward [--grids "[64,128]" --context_sizes "[3,1]" --mini_context_size 3]
+    python -m benchmarks.forward [--grids "[64,128,[40,56,40]]" --context_sizes "[3,1,3]" --mini_context_size 3]
 
-The share of the matrix-product rate counts the baseline's operations, so that an operation saved counts as speed.
+Ours is measured in float32 and in bfloat16, both against the baseline in float32. The share of the matrix-product rate
+counts the baseline's operations, so that an operation saved counts as speed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.networks import FULL, TINY
+from benchmarks.networks import FULL, NARROW, SHIPPED_GRID, TINY, Grid, named
 from benchmarks.paired import BASELINE, Conditions, Side, benchmark, compare
 from benchmarks.passes import forward_flops
 
@@ -18,23 +19,23 @@ from benchmarks.passes import forward_flops
 @benchmark
 def forward(
     conditions: Conditions,
-    grids: Sequence[int] = (64, 128),
-    context_sizes: Sequence[int] = (3, 1),
+    grids: Sequence[Grid] = (64, 128, SHIPPED_GRID),
+    context_sizes: Sequence[int] = (3, 1, 3),
+    widths: Sequence[Sequence[int]] = (FULL, FULL, NARROW),
     mini_context_size: int = 3,
-    channels: Sequence[int] = FULL,
 ) -> Iterator[dict[str, Any]]:
     """Compare a forward pass.
 
     Args:
         conditions: of the measurement.
-        grids: voxels per axis, one for each case.
+        grids: voxels, one number or three for each case.
         context_sizes: number of pairs, one for each case.
+        widths: network widths, one list for each case.
         mini_context_size: pairs that run at once.
-        channels: network widths.
     """
     if conditions.quick:
-        grids, context_sizes, channels = (8,), (2,), TINY
-    for grid, context_size in zip(grids, context_sizes, strict=True):
+        grids, context_sizes, widths = (8,), (2,), (TINY,)
+    for grid, context_size, channels in zip(grids, context_sizes, widths, strict=True):
         arguments = {
             "channels": channels,
             "spatial_size": grid,
@@ -42,7 +43,12 @@ def forward(
             "mini_context_size": mini_context_size,
             "device": conditions.device,
         }
-        sides = {kind: Side("passes:forward_pass", {"kind": kind} | arguments) for kind in (BASELINE, "ours")}
+        sides = {
+            BASELINE: {"kind": BASELINE},
+            "ours": {"kind": "ours"},
+            "ours, bfloat16": {"kind": "ours", "precision": "bfloat16"},
+        }
+        sides = {name: Side("passes:forward_pass", own | arguments) for name, own in sides.items()}
         rate = Side("paired:matrix_product", {"device": conditions.device, "size": 64 if conditions.quick else 2048})
         record = compare(sides | {"matrix product": rate}, conditions)
         record["ratios"].pop("matrix product")
@@ -50,7 +56,7 @@ def forward(
         work = forward_flops(channels, grid, context_size) / 1e9
         for kind in sides:
             record["sides"][kind]["share_of_matrix_product"] = work / record["sides"][kind]["seconds"] / gflops
-        yield {"case": f"{grid}^3 L={context_size}"} | record
+        yield {"case": f"{named(grid)} L={context_size}"} | record
 
 
 if __name__ == "__main__":

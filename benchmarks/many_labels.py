@@ -9,6 +9,7 @@ Both start from the same volumes in memory and end with the scores of every targ
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from monai.data import MetaTensor
 
 from benchmarks.networks import FULL, TINY, make_network, probe
 from benchmarks.paired import BASELINE, Conditions, Side, benchmark, compare, timed
+from benchmarks.passes import tolerance
 from scripts.data.preprocessing import Preprocessing
 from scripts.inferer import ICLInferer
 
@@ -54,7 +56,12 @@ def many_labels(
         "channels": channels,
         "device": conditions.device,
     }
-    sides = {kind: Side("many_labels:all_answers", {"kind": kind} | arguments) for kind in (BASELINE, "ours")}
+    sides = {
+        BASELINE: {"kind": BASELINE},
+        "ours": {"kind": "ours"},
+        "ours, bfloat16": {"kind": "ours", "precision": "bfloat16"},
+    }
+    sides = {name: Side("many_labels:all_answers", own | arguments) for name, own in sides.items()}
     case = f"{labels} labels x {targets} targets x {context_size} contexts, {spatial_size}^3"
     yield {"case": case} | compare(sides, conditions, pairs=1)
 
@@ -68,6 +75,7 @@ def all_answers(
     mini_context_size: int,
     channels: Sequence[int],
     device: str,
+    precision: str = "float32",
 ) -> dict[str, Any]:
     """Scores of all targets for all labels; noise, for the work does not depend on what is seen."""
     generator = torch.Generator().manual_seed(0)
@@ -76,11 +84,12 @@ def all_answers(
     images = [MetaTensor(torch.rand(grid, generator=generator)) for _ in range(context_size)]
     maps = [MetaTensor(torch.randint(labels + 1, grid, generator=generator).float()) for _ in range(context_size)]
     network = make_network(kind, channels, spatial_size, device).eval()
-    run = _loop if kind == BASELINE else _predictor
+    run = _loop if kind == BASELINE else partial(_predictor, precision == "bfloat16")
     seconds, scores = timed(
         lambda: run(network, scans, images, maps, labels, mini_context_size, device), device, warm_ups=0
     )
-    return {"seconds": seconds, "check": [value for score in scores for value in probe(score)]}
+    found = {"seconds": seconds, "check": [value for score in scores for value in probe(score)]}
+    return found | tolerance(precision)
 
 
 @torch.no_grad()
@@ -107,6 +116,7 @@ def _loop(
 
 
 def _predictor(
+    amp: bool,
     network: torch.nn.Module,
     scans: Sequence[MetaTensor],
     images: Sequence[MetaTensor],
@@ -115,7 +125,8 @@ def _predictor(
     mini_context_size: int,
     device: str,
 ) -> list[torch.Tensor]:
-    predictor = ICLInferer(network, device, mini_context_size=mini_context_size, spacing=SPACING_MM, align="off")
+    options = {"mini_context_size": mini_context_size, "spacing": SPACING_MM, "amp": amp, "align": "off"}
+    predictor = ICLInferer(network, device, **options)
     predictor.set_context(images, maps)
     return [predictor(predictor.target(scan).image[None], predictor.network) for scan in scans]
 

@@ -16,19 +16,24 @@ FULL = (32, 64, 128, 256, 512)
 """Channels of the published network."""
 NARROW = (16, 32, 64, 128)
 """Channels of a network that is worth training on a processor."""
+SHIPPED_GRID = (40, 56, 40)
+"""Voxels that the shipped weights, a narrow network, are meant for."""
 TINY = (2, 4)
 """Channels for `--quick`."""
 
+Grid = int | Sequence[int]
+"""Voxels of a grid: one number for all axes, or three."""
+
 
 def make_network(
-    kind: str, channels: Sequence[int], spatial_size: int, device: str = "cpu", **options: bool
+    kind: str, channels: Sequence[int], spatial_size: Grid, device: str = "cpu", **options: bool
 ) -> nn.Module:
     """A network with weights that depend on the parameters' names alone, laid out as the workflows lay it out.
 
     Args:
         kind: ``baseline``, or anything else for ours.
         channels: width of each stage.
-        spatial_size: voxels per axis of the grid.
+        spatial_size: voxels of the grid, along each axis if it is one number.
         device: where it goes.
         options: of ours.
     """
@@ -45,10 +50,20 @@ def make_network(
     return network
 
 
-def make_episode(spatial_size: int, context_size: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """Random target ``(1, 1, s, s, s)`` on the device; context images and masks ``(1, L, 1, s, s, s)`` on the host."""
+def voxels(spatial_size: Grid) -> tuple[int, ...]:
+    """A grid's voxels along its three axes."""
+    return (spatial_size,) * 3 if isinstance(spatial_size, int) else tuple(spatial_size)
+
+
+def named(spatial_size: Grid) -> str:
+    """A grid in a record's case: ``64^3``, ``40x56x40``."""
+    return f"{spatial_size}^3" if isinstance(spatial_size, int) else "x".join(map(str, spatial_size))
+
+
+def make_episode(spatial_size: Grid, context_size: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Random target ``(1, 1, H, W, D)`` on the device; context images and masks ``(1, L, 1, H, W, D)`` on the host."""
     generator = torch.Generator().manual_seed(0)
-    grid = (spatial_size,) * 3
+    grid = voxels(spatial_size)
     target = torch.rand(1, 1, *grid, generator=generator)
     images = torch.rand(1, context_size, 1, *grid, generator=generator)
     masks = (torch.rand(1, context_size, 1, *grid, generator=generator) > 0.5).float()

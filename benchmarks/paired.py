@@ -223,6 +223,7 @@ def machine(device: str) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
     return {
         "device": name,
+        "abilities": [torch.backends.cpu.get_cpu_capability(), *_bfloat16_units()],
         "cores": len(os.sched_getaffinity(0)),
         "load": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
@@ -231,11 +232,18 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
+def _bfloat16_units() -> list[str]:
+    from scripts.runtime.precision import bfloat16_units
+
+    return [name for name, there in bfloat16_units().items() if there]
+
+
 def _keep(record: dict[str, Any], name: str, conditions: Conditions) -> None:
     where = machine(conditions.device)
     whole = {"benchmark": name} | record | {"conditions": asdict(conditions), "machine": where}
     print(
-        f"\n{name} {record.get('case', '')}: {where['device']}, {conditions.threads} threads, {_allocator(conditions)}"
+        f"\n{name} {record.get('case', '')}: {where['device']} ({', '.join(where['abilities'])}), "
+        f"{conditions.threads} threads, {_allocator(conditions)}"
     )
     for side, figures in record["sides"].items():
         print(f"  {side:24s}" + "  ".join(f"{key} {_short(value)}" for key, value in figures.items()))

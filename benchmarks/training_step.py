@@ -2,7 +2,7 @@
 
     python -m benchmarks.training_step [--grids "[64,48]" --widths "[[32,64,128,256,512],[16,32,64,128]]"]
 
-Ours is measured plainly, and with `activation_checkpointing`, which keeps less and computes more.
+Ours is measured plainly, in bfloat16, and with `activation_checkpointing`, which keeps less and computes more.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.networks import FULL, NARROW, TINY
+from benchmarks.networks import FULL, NARROW, SHIPPED_GRID, TINY, Grid, named
 from benchmarks.paired import BASELINE, Conditions, Side, benchmark, compare
 
 
 @benchmark
 def training_step(
     conditions: Conditions,
-    grids: Sequence[int] = (64, 48),
-    widths: Sequence[Sequence[int]] = (FULL, NARROW),
+    grids: Sequence[Grid] = (64, 48, SHIPPED_GRID),
+    widths: Sequence[Sequence[int]] = (FULL, NARROW, NARROW),
     context_size: int = 3,
     mini_context_size: int = 3,
 ) -> Iterator[dict[str, Any]]:
@@ -26,7 +26,7 @@ def training_step(
 
     Args:
         conditions: of the measurement.
-        grids: voxels per axis, one for each case.
+        grids: voxels, one number or three for each case.
         widths: network widths, one list for each case.
         context_size: number of pairs.
         mini_context_size: pairs that run at once.
@@ -44,12 +44,13 @@ def training_step(
         sides = {
             BASELINE: {"kind": BASELINE},
             "ours": {"kind": "ours"},
+            "ours, bfloat16": {"kind": "ours", "precision": "bfloat16"},
             "ours, checkpointing": {"kind": "ours", "activation_checkpointing": True},
         }
         record = compare(
             {name: Side("passes:training_step", arguments | own) for name, own in sides.items()}, conditions
         )
-        yield {"case": f"{grid}^3 L={context_size}, channels {channels[0]} to {channels[-1]}"} | record
+        yield {"case": f"{named(grid)} L={context_size}, channels {channels[0]} to {channels[-1]}"} | record
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def slabwise_for(part: nn.Module, x: Tensor) -> tuple[ModuleType, nn.Module] | N
 
 def _cast(part: nn.Module) -> nn.Module:
     """The part with weights in bfloat16, but for those of the output; made anew when the weights have changed."""
-    state = [(p.data_ptr(), p._version) for p in part.parameters()]
+    # those made in inference mode are not counted
+    state = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in part.parameters()]
     known = _in_bfloat16.get(part)
     if known is None or known[0] != state:
         output = {id(p) for p in part.output.parameters()} if hasattr(part, "output") else ()

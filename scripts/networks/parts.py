@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scripts.networks.blocks import Down, Fusion, ResidualUnit, UpMerge, pairwise
+from scripts.networks.blocks import Down, Fusion, ResidualUnit, UpMerge, mean_over_pairs
 from scripts.networks.kernels import pointwise
 
 
@@ -84,10 +84,10 @@ class ContextUNet(Part):
             skips.append(x)
             x = down(x)
         x = self.stage(self.bottleneck, x)
-        features = [pairwise(x, count).mean(1)]
+        features = [mean_over_pairs(x, count)]
         for up, residual in zip(self.ups, self.up_residuals, strict=True):
             x = self.stage(lambda x, skip, u=up, r=residual: r(u(x, skip)), x, skips.pop())
-            features.append(pairwise(x, count).mean(1))
+            features.append(mean_over_pairs(x, count))
         return features
 
     def _encode(self, stage: int, count: int, x: Tensor, target: Tensor) -> Tensor:

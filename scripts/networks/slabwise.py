@@ -294,7 +294,7 @@ def fuse(part: Fusion, slab: Tensor, into_context: bool, other: Tensor) -> Tenso
     mine, theirs = (of_context, of_target) if into_context else (of_target, of_context)
     mine = mine + torch.eye(len(mine), dtype=mine.dtype)  # the slab itself
     of_other = F.linear(other.to(slab.dtype), theirs, part.conv.bias)
-    if len(other) == len(slab) and slab.dtype != torch.float32:
+    if len(other) == len(slab):
         return gelu_(add_product_(of_other, slab, mine))
     result = F.linear(slab, mine)
     pairwise(result, len(slab) // len(other)).add_(of_other[:, None])

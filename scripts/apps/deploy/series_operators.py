@@ -21,7 +21,7 @@ from pydicom import Dataset, dcmread
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import MediaStorageDirectoryStorage
 
-from scripts.apps.source_headers import fit, stacked
+from scripts.apps.deploy.source_headers import fit, stacked
 
 logger = logging.getLogger(__name__)
 

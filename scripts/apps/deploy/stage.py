@@ -145,7 +145,7 @@ def _left_out(folder: str, names: list[str]) -> set[str]:
     """Byte code, and the other applications."""
     left_out = shutil.ignore_patterns("__pycache__", "*.pyc")(folder, names)
     if Path(folder) == _HERE.parent:
-        left_out |= {name for name in names if Path(folder, name).is_dir()} - {_HERE.name}
+        left_out |= set(names) - {_HERE.name, "__init__.py"}
     return left_out
 
 

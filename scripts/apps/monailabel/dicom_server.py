@@ -17,7 +17,7 @@ from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMwebClientX
 from pydicom import Dataset
 
-from scripts.apps.source_headers import fit, stacked
+from scripts.apps.deploy.source_headers import fit, stacked
 from scripts.data.conversion.dicom_series import read_series
 from scripts.data.conversion.pairing import DicomSeries
 

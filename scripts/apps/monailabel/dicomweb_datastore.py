@@ -122,11 +122,9 @@ class DicomwebDatastore(CheckedDatastore):
         """As the base class, with the series that are not downloaded yet."""
         self.refresh()
         found = super().json()
-        known = found["objects"]
-        waiting = {
-            image: {"image": {"ext": ENDING, "info": one.info}, "labels": {}} for image, one in self._listed.items()
-        }
-        return found | {"objects": {image: known.get(image, entry) for image, entry in waiting.items()}}
+        waiting = {one.series: one.info for one in self._listed.values()}
+        waiting = {image: {"image": {"ext": ENDING, "info": info}, "labels": {}} for image, info in waiting.items()}
+        return found | {"objects": waiting | {i: entry for i, entry in found["objects"].items() if i in waiting}}
 
     def get_image_info(self, image_id: str) -> dict[str, Any]:
         """As the base class, with what the server says."""
@@ -264,6 +262,7 @@ class DicomwebDatastore(CheckedDatastore):
                 self._label_file(series).unlink(missing_ok=True)
                 del entry.labels[FINAL]
         self._update_datastore_file()
+        self._unreadable = {series: why for series, why in self._unreadable.items() if series in self._listed}
         lines += [f"series {series} is passed over: it {reason}" for series, (_, reason) in self._unreadable.items()]
         elsewhere = [
             f"segmentation {uid} is passed over: it is of no series that is listed here"
@@ -281,13 +280,11 @@ class DicomwebDatastore(CheckedDatastore):
         for one in self.server.series({"Modality": "SEG"}):
             if one.study not in studies:
                 continue
-            if (
-                one.series not in self._instances
-                or self._instances[one.series][0] != one.instances
-                or one.instances is None
-            ):
-                self._instances[one.series] = one.instances, self.server.instances(one)
-            for uid in self._instances[one.series][1]:
+            count, uids = self._instances.get(one.series, (None, []))
+            if one.instances is None or one.instances != count:
+                uids = self.server.instances(one)
+                self._instances[one.series] = one.instances, uids
+            for uid in uids:
                 there = uid in known and self._segmentation_file(uid).is_file()
                 found[uid] = known[uid] if there else self._look_at(self.server.instance(one, uid))
         for uid in known.keys() - found.keys():
@@ -317,7 +314,6 @@ class DicomwebDatastore(CheckedDatastore):
             path = self._scan(listed)
         except VolumeError as error:
             return f"its series {error.reason}"
-        state = {_COUNT: listed.instances}  # of the series, that it was converted for
         if facts["converted"] and facts["converted"][_COUNT] == listed.instances:
             problem = facts["converted"]["problem"]
             if problem or self._converted_file(uid).is_file():
@@ -338,7 +334,7 @@ class DicomwebDatastore(CheckedDatastore):
             problem = None
             numbers.CopyInformation(scan)
             write_atomically(self._converted_file(uid), lambda temporary: sitk.WriteImage(numbers, temporary), ENDING)
-        facts["converted"] = state | {"problem": problem}
+        facts["converted"] = {_COUNT: listed.instances, "problem": problem}  # for the series as it is now
         return problem
 
     def _put_in_place(self, series: str, uid: str, numbers: dict[int, int]) -> None:

@@ -98,7 +98,7 @@ class InContextApp(MONAILabelApp):
 
     def info(self) -> dict[str, Any]:
         """As the base class, of the studies as they are now."""
-        self.datastore().refresh()
+        self.datastore().status()  # a DICOMweb server is asked, before the labels are listed
         return super().info()
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def annotation(labels: np.ndarray, names: Mapping[int, str], headers: Sequence[D
     Args:
         labels: ``(slices, rows, columns)``, label numbers, 0 for background.
         names: of label numbers; also of those that are nowhere. Others are called ``label 7``.
-        headers: of the slices, in their order, as :func:`scripts.apps.source_headers.stacked` has them.
+        headers: of the slices, in their order, as :func:`scripts.apps.deploy.source_headers.stacked` has them.
 
     Raises:
         SegmentationError: nothing to write, a name that DICOM cannot hold, or other slices than the label map has.

@@ -61,6 +61,8 @@ def read_series(series: DicomSeries) -> Any:
         DatasetError: SimpleITK is not installed.
     """
     sitk = simpleitk(series.path)
+    if not series.files:
+        raise VolumeError(series.path, f"({series.description!r}) has no files")
     with quiet(sitk):
         try:
             headers = {file: _header(sitk, file) for file in series.files}

@@ -19,8 +19,8 @@ from monailabel.interfaces.utils import app as monailabel_apps  # noqa: E402
 from pydicom import dcmread  # noqa: E402
 from pydicom.uid import generate_uid  # noqa: E402
 
+from scripts.apps.deploy.source_headers import stacked  # noqa: E402
 from scripts.apps.monailabel import dicomweb_datastore  # noqa: E402
-from scripts.apps.source_headers import stacked  # noqa: E402
 from scripts.data.volumes import load_volume  # noqa: E402
 from scripts.runtime.manifest import bundle_identity  # noqa: E402
 from tests.apps.monailabel.server import Server  # noqa: E402

@@ -112,7 +112,7 @@ class AlignedView:
             empty = target.new_zeros((len(self.values), *target.shape[1:]))
             return empty, empty
         images = torch.stack([self._images[number] for number in numbers])
-        labels = torch.stack([self._labels[number] for number in numbers]).float()
+        labels = torch.stack([self._labels[number].float() for number in numbers])
         wanted = labels if self._generation else (labels > MASK_THRESHOLD).float()
         stack = torch.cat([target, images.flatten(0, 1), wanted.flatten(0, 1)])[None]
         place = {number: i for i, number in enumerate(numbers)}

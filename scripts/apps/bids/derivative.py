@@ -137,14 +137,16 @@ class Derivative:
             raise FileExistsError(
                 f"{path} was made by other examples, weights or settings: give another OUT or --overwrite"
             )
-        if path.exists() and not OutputFolder(self.folder).wrote(path):
-            logger.warning("%s was changed after it was written: kept as it is", path)
+        table, sidecar = self._path(scan, "dseg", ".tsv"), self._path(scan, "dseg", ".json")
+        output = OutputFolder(self.folder)
+        if changed := [file for file in (path, table, sidecar) if file.exists() and not output.wrote(file)]:
+            logger.warning("%s was changed after it was written: all of its scan is kept as it is", changed[0])
             return False
         _copy(made / f"{case}.nii.gz", path)
         names = {value: self.names.get(value, f"label{value}") for value in report["labels"]}
-        write_table(("index", "name"), names.items(), self._path(scan, "dseg", ".tsv"))
+        write_table(("index", "name"), names.items(), table)
         facts = self._facts(scan, report, entry)
-        write_json(facts | {"Labels": _labels(names, entry)}, path.with_name(path.name.replace(".nii.gz", ".json")))
+        write_json(facts | {"Labels": _labels(names, entry)}, sidecar)
         for value, label in _entity_labels(names).items():
             source = probability_folder(made, case) / f"label_{value}.nii.gz"
             if source.is_file():

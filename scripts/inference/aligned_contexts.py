@@ -32,7 +32,8 @@ from scripts.inference.contexts import ContextSet, listing
 from scripts.inference.regions import LabelGroup, extreme_points, group_labels, overlap_of_boxes
 from scripts.inference.target import NOT_TO_BE_TRUSTED, Target
 from scripts.inference.tensor_cache import TensorCache
-from scripts.registration import align
+from scripts.registration import Alignment, align
+from scripts.registration.alignment import working_spacing
 from scripts.registration.grids import canonical, resample
 from scripts.runtime.atomic_files import write_json
 
@@ -49,11 +50,18 @@ BATCH = 8
 COARSE_VOXELS = 250_000
 """Of the volumes that whole scans are registered with, about."""
 
+COARSE_STEP = 2.0
+"""Voxels of a registration of whole scans over the contexts' own, at least: noise says little in larger ones."""
+
 SCATTERED = 0.2
 """Mean overlap (Jaccard index) of a label's boxes in pairs of contexts, below which they tell nothing of its place."""
 
 REACH = 0.15
-"""Contexts whose similarity on the whole scan is farther than this below the best one's say nothing of regions."""
+"""Contexts whose similarity on the whole scan is farther than this below the best one's are searched for themselves,
+and if that does not help say nothing of regions."""
+
+DOUBTFUL = 0.05
+"""Whole scans' similarity this far below the best one's may mean a wrong place: they are searched for themselves."""
 
 ENOUGH = 5
 """So many contexts that one of them may be disregarded where a region ends."""
@@ -219,9 +227,19 @@ class AlignedContexts:
         """Transforms from the world of the first context to those of others; None where they do not align."""
         self._from_first[0] = np.eye(4)
         for part in _batches([number for number in numbers if number != 0]):
-            found = align(self._on_device(0), [self._on_device(number) for number in part], "affine")
+            found = self._coarsely(self._on_device(0), part)
             for k, number in enumerate(part):
-                self._from_first[number] = found.affine[k].numpy() if bool(found.aligned[k]) else None
+                sure = bool(found.aligned[k]) and found.similarity[k] > found.similarity.max() - DOUBTFUL
+                self._from_first[number] = found.affine[k].numpy() if sure else None
+
+    def _coarsely(self, scan: MetaTensor, numbers: Sequence[int], start: Tensor | None = None) -> Alignment:
+        """Affine transforms from a scan to contexts, as good as finding the regions needs them."""
+        contexts = [self._on_device(number) for number in numbers]
+        grids = [canonical(volume)[1] for volume in (scan, *contexts)]
+        spacing = max(
+            working_spacing(grids[0], grids[1:]), COARSE_STEP * min(float(g.spacing.min()) for g in grids[1:])
+        )
+        return align(scan, contexts, "affine", start, spacing)
 
     def _on_device(self, number: int) -> MetaTensor:
         return self._know(number).image.to(self.device)
@@ -302,19 +320,25 @@ class AlignedContexts:
     def _whole(self, scan: MetaTensor, numbers: Sequence[int]) -> dict[int, _Brought]:
         """Contexts brought to a whole scan by affine transforms."""
         related = [number for number in numbers if self._from_first[number] is not None]
-        starts: dict[int, Tensor] = {}
         references = related[:REFERENCES]
+        brought: dict[int, _Brought] = {}
         if len(related) > len(references):
-            first = align(scan, [self._on_device(number) for number in references], "affine")
-            best = int(first.similarity.argmax())
-            if bool(first.aligned[best]):  # else the others may still do
-                to_first = np.linalg.inv(self._from_first[references[best]]) @ first.affine[best].numpy()
+            first = self._coarsely(scan, references)
+            for k, reference in enumerate(references):  # one of them may have been found in a wrong place
+                to_first = np.linalg.inv(self._from_first[reference]) @ first.affine[k].numpy()
                 starts = {number: torch.from_numpy(self._from_first[number] @ to_first) for number in related}
+                _keep_better(brought, self._brought_from(scan, starts))
+        least = max((one.similarity for one in brought.values()), default=1.0) - DOUBTFUL
+        lost = [n for n in numbers if n not in brought or brought[n].similarity < least]
+        _keep_better(brought, self._brought_from(scan, dict.fromkeys(lost)))
+        return brought
+
+    def _brought_from(self, scan: MetaTensor, starts: Mapping[int, Tensor | None]) -> dict[int, _Brought]:
+        """Contexts brought to a whole scan from transforms that are about right, or by search where these are None."""
         brought = {}
-        searched = [number for number in numbers if number not in starts]
-        for part in [*_batches(list(starts)), *_batches(searched)]:
-            near = torch.stack([starts[number] for number in part]) if part[0] in starts else None
-            found = align(scan, [self._on_device(number) for number in part], "affine", start=near)
+        for part in _batches(list(starts)):
+            near = None if starts[part[0]] is None else torch.stack([starts[number] for number in part])
+            found = self._coarsely(scan, part, near)
             for k, number in enumerate(part):
                 similar, aligned = float(found.similarity[k]), bool(found.aligned[k])
                 brought[number] = _Brought(found.affine[k], similar, aligned, found.describe(k))
@@ -450,6 +474,12 @@ def coarser(volume: MetaTensor, voxels: int) -> MetaTensor:
     grid = own.with_spacing(spacing)
     inside = resample(torch.ones_like(data), own, grid)
     return MetaTensor(resample(data, own, grid) / inside.clamp(min=0.5), affine=grid.affine)
+
+
+def _keep_better(kept: dict[int, _Brought], found: Mapping[int, _Brought]) -> None:
+    for number, one in found.items():
+        if number not in kept or one.similarity > kept[number].similarity:
+            kept[number] = one
 
 
 def _batches(numbers: Sequence[int]) -> list[list[int]]:

@@ -19,6 +19,9 @@ HUBER = 1.0
 STEP_LIMIT = 0.15
 """Largest change of any entry in one iteration; coordinates are halves of the target's size."""
 
+SETTLED_VOXELS = 0.02
+"""A pair is left as it is once its corners move by less in an iteration, in voxels."""
+
 STRETCH_LIMIT = 1.6
 """Heads and their parts differ by less, in any direction; transforms beyond are never taken."""
 
@@ -89,28 +92,33 @@ def gauss_newton(
     moving = level.contexts[which] if len(which) != len(level.contexts) else level.contexts
     matrices = level.matrices[which]
     back = torch.linalg.inv(matrices)
+    from_world = torch.linalg.inv(to_world)
+    settled = SETTLED_VOXELS * float(grid.spacing.min()) / radius
     maps = matrices @ start @ to_world
     best, best_score = maps.clone(), torch.full((len(maps),), -2.0, dtype=torch.float64)
     best_cover = torch.zeros(len(maps), dtype=torch.float64)
+    rows_host, columns_host = rows.cpu(), columns.cpu()
+    active = torch.arange(len(maps))
     for iteration in range(iterations + 1):
-        coordinates = points @ maps[:, :3].transpose(1, 2).to(points)
-        moved = sample(moving, coordinates, grid.shape)
+        coordinates = points @ maps[active, :3].transpose(1, 2).to(points)
+        moved = sample(moving[active], coordinates, grid.shape)
         both = known & (moved != 0).flatten(2)
         score = correlation(target, moved).double().mean(1).cpu()
         cover = (both.any(1).sum(1) / known.any(1).sum().clamp(min=1)).double().cpu()
-        stretch = torch.linalg.svdvals((back @ maps @ torch.linalg.inv(to_world))[:, :3, :3])
+        stretch = torch.linalg.svdvals((back[active] @ maps[active] @ from_world)[:, :3, :3])
         plausible = (stretch.amin(1) > 1 / STRETCH_LIMIT) & (stretch.amax(1) < STRETCH_LIMIT)
         rank = torch.where(plausible, score * overlap_worth(cover), -1.5)
-        better = rank > best_score
-        best[better], best_score[better], best_cover[better] = maps[better], rank[better], cover[better]
+        better = rank > best_score[active]
+        now = active[better]
+        best[now], best_score[now], best_cover[now] = maps[now], rank[better], cover[better]
         if iteration == iterations:
             break
         residual = moved.flatten(2) - target.flatten(2)
         weight = both * (HUBER / residual.abs().clamp(min=HUBER))
-        hessian = torch.zeros(len(maps), parameters, parameters, dtype=torch.float64)
+        hessian = torch.zeros(len(active), parameters, parameters, dtype=torch.float64)
         upper = sum(weight[:, c] @ products[c] for c in range(channels)).double().cpu()
-        hessian[:, rows.cpu(), columns.cpu()] = upper
-        hessian[:, columns.cpu(), rows.cpu()] = upper
+        hessian[:, rows_host, columns_host] = upper
+        hessian[:, columns_host, rows_host] = upper
         force = sum((weight[:, c] * residual[:, c]) @ jacobian[c] for c in range(channels)).double().cpu()
         diagonal = torch.diag_embed(hessian.diagonal(dim1=1, dim2=2))
         floor = 1e-6 * (1 + hessian.diagonal(dim1=1, dim2=2).amax(1))[:, None, None]
@@ -118,11 +126,15 @@ def gauss_newton(
         step = torch.linalg.solve(hessian, force)
         if basis is not None:
             step = step @ basis.T
-        step = step * (STEP_LIMIT / step.abs().amax(1, keepdim=True).clamp(min=STEP_LIMIT))
-        change = torch.eye(4, dtype=torch.float64).repeat(len(maps), 1, 1)
+        longest = step.abs().amax(1, keepdim=True)
+        step = step * (STEP_LIMIT / longest.clamp(min=STEP_LIMIT))
+        change = torch.eye(4, dtype=torch.float64).repeat(len(active), 1, 1)
         change[:, :3] += step.unflatten(1, (3, 4))
-        maps = maps @ torch.linalg.inv(change)
-    found = back @ best @ torch.linalg.inv(to_world)
+        maps[active] = maps[active] @ torch.linalg.inv(change)
+        active = active[longest[:, 0] > settled]
+        if not len(active):
+            break
+    found = back @ best @ from_world
     return found, best_score, best_cover
 
 

@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from scripts.registration import separable
-from scripts.registration.affine import Level, gauss_newton, rigid_basis
+from scripts.registration.affine import STRETCH_LIMIT, Level, gauss_newton, rigid_basis
 from scripts.registration.deformable import demons, folded_share, voxel_indices, voxel_maps, warp_features
 from scripts.registration.grids import Grid, canonical, resample, sample
 from scripts.registration.search import search
@@ -70,8 +70,10 @@ class Alignment:
 
     @property
     def aligned(self) -> Tensor:
-        """(K,) bool: contexts that agree with the target well enough to be used."""
-        return (self.similarity >= ALIGNED) & (self.folded < 0.01)
+        """(K,) bool: contexts that agree with the target well enough to be used, and are not stretched to do so."""
+        stretch = torch.linalg.svdvals(self.affine[:, :3, :3])
+        plausible = (stretch.amin(1) > 1 / STRETCH_LIMIT) & (stretch.amax(1) < STRETCH_LIMIT)
+        return (self.similarity >= ALIGNED) & (self.folded < 0.01) & plausible
 
     def warp(
         self,
@@ -229,24 +231,26 @@ def _register(target: _Scan, contexts: Sequence[_Scan], mode: str, spacing: floa
     half = _level(target, contexts, 2 * spacing, (kind,), WINDOW_VOXELS)
     if mode != "search":
         affine, _, _ = gauss_newton(half, affine, every, AFFINE_ITERATIONS[0])
-    level = _level(target, contexts, spacing, (kind,), WINDOW_VOXELS)
-    displacement = torch.zeros(len(contexts), 3, *half.grid.shape).to(half.target)
-    if mode == "affine":
-        affine, _, _ = gauss_newton(level, affine, every, AFFINE_ITERATIONS[1])
-    else:
-        displacement = demons(half, affine, displacement, DEFORMABLE_ITERATIONS[0], FLUID_VOXELS, ELASTIC_VOXELS)
-    displacement = 2 * separable.apply(displacement, _upsampling(half.grid.shape, level.grid.shape, displacement))
+    still = torch.zeros(len(contexts), 3, *half.grid.shape).to(half.target)
     if mode == "deformable":
-        displacement = demons(level, affine, displacement, DEFORMABLE_ITERATIONS[1], FLUID_VOXELS, ELASTIC_VOXELS)
-    moved = _moved(level, affine, displacement)
-    known = level.target != 0
+        judged = _level(target, contexts, spacing, (kind,), WINDOW_VOXELS)
+        bent = demons(half, affine, still, DEFORMABLE_ITERATIONS[0], FLUID_VOXELS, ELASTIC_VOXELS)
+        bent = 2 * separable.apply(bent, _upsampling(half.grid.shape, judged.grid.shape, bent))
+        bent = demons(judged, affine, bent, DEFORMABLE_ITERATIONS[1], FLUID_VOXELS, ELASTIC_VOXELS)
+    else:
+        judged, bent = half, still  # only bent scans agree down to the finest detail
+        if mode == "affine":
+            level = _level(target, contexts, spacing, (kind,), WINDOW_VOXELS)
+            affine, _, _ = gauss_newton(level, affine, every, AFFINE_ITERATIONS[1])
+    moved = _moved(judged, affine, bent)
+    known = judged.target != 0
     return Alignment(
-        grid=level.grid,
+        grid=judged.grid,
         affine=affine,
-        displacement=displacement * spacing if mode == "deformable" else None,
-        similarity=correlation(level.target, moved).mean(1).cpu(),
+        displacement=bent * spacing if mode == "deformable" else None,
+        similarity=correlation(judged.target, moved).mean(1).cpu(),
         cover=((known & (moved != 0)).flatten(1).sum(1) / known.sum()).cpu(),
-        folded=folded_share(displacement).cpu(),
+        folded=folded_share(bent).cpu(),
         kind=kind,
         searched=searched,
     )
@@ -259,10 +263,10 @@ def _coarse(target: _Scan, contexts: Sequence[_Scan], finest: float) -> tuple[Te
     """
     sizes = [float(scan.grid.extent.prod()) ** (1 / 3) for scan in (target, *contexts)]
     spacing = max(min(sizes) / SEARCH_VOXELS, max(sizes) / (2 * SEARCH_VOXELS), finest)
-    levels = {kind: _level(target, contexts, spacing, (kind,), SEARCH_WINDOW_VOXELS) for kind in KINDS}
     every = torch.arange(len(contexts))
     in_place = torch.eye(4, dtype=torch.float64).repeat(len(contexts), 1, 1)
     starts = torch.stack((in_place, _centred(target, contexts)), 1)
+    levels = {kind: _level(target, contexts, spacing, (kind,), SEARCH_WINDOW_VOXELS) for kind in KINDS}
     found = {kind: _refined(level, starts, every) for kind, level in levels.items()}
     far = {kind: score < GOOD_START for kind, (_, score) in found.items()}
     agreement = {kind: float(score.median()) for kind, (_, score) in found.items()}

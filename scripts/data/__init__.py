@@ -2,9 +2,10 @@
 
 In: dataset folders, raw files (``conversion``), or seeds (``synthesis``). Out: preprocessed cases, groups of them for
 training, and predictions brought back to a scan's own voxels.
-May use: runtime.
+May use: registration, runtime.
 """
 
+from scripts.data.aligned_members import AlignedMembers
 from scripts.data.augmentation import GroupAugmentation
 from scripts.data.collection import Collection
 from scripts.data.episodes import EpisodeDataset, GroupSampler, collate_groups
@@ -14,6 +15,7 @@ from scripts.data.preprocessing import Preprocessing
 from scripts.data.synthesis.cohort_source import SyntheticCohorts
 
 __all__ = [
+    "AlignedMembers",
     "Collection",
     "DatasetError",
     "EpisodeDataset",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, default_collate, get_worker_info
 
+from scripts.data.aligned_members import AlignedMembers
 from scripts.data.augmentation import NO_GIN, GroupAugmentation
 from scripts.data.collection import Collection
 from scripts.data.integrity import ignored_values
@@ -67,6 +68,7 @@ class EpisodeDataset(Dataset):
     - ``ignores`` (bool): there are such voxels;
     - ``generation`` (bool), ``loss_weight``, ``unpaired`` (bool: contexts take each other's labels), ``gin`` (seed of
       the intensity augmentation that the engine applies, -1 for none);
+    - ``targets``: how many of the members, from the first on, may be the target: all, or of aligned groups one;
     - ``dataset``, ``task``, ``classes`` and ``cases``: names.
 
     The members are different cases of one dataset; in label tasks they hold at least one of the classes.
@@ -87,6 +89,8 @@ class EpisodeDataset(Dataset):
             from equally, for segmentation.
         cohorts: where groups of synthetic rows come from: each is a cohort of its own.
         augmentation: applied to training groups; None for none.
+        alignment: brings the members of groups from real datasets to their first one, which then alone is the target;
+            None leaves them as they are.
         unpair_fraction: in this last fraction of the training, contexts of segmentation groups are presented with
             each other's labels ("When to Unpair", arXiv 2610.10335).
         epochs: length of the training, for ``unpair_fraction``.
@@ -104,6 +108,7 @@ class EpisodeDataset(Dataset):
         rows: Callable[[], Sequence[SourcedRow]] | None = None,
         cohorts: SyntheticCohorts | None = None,
         augmentation: GroupAugmentation | None = None,
+        alignment: AlignedMembers | None = None,
         unpair_fraction: float = 0.0,
         epochs: int = 1,
         seed: int = 0,
@@ -130,6 +135,7 @@ class EpisodeDataset(Dataset):
         self.rows = rows
         self.cohorts = cohorts
         self.augmentation = augmentation if part == "train" else None
+        self.alignment = alignment
         self.unpair_from = epochs - round(unpair_fraction * epochs) if unpair_fraction and part == "train" else None
         self.seed = int(seed)
         self._rows: list[SourcedRow] = []
@@ -212,6 +218,7 @@ class EpisodeDataset(Dataset):
             training.max_classes,
             rows=training.rows,
             cohorts=training.cohorts,
+            alignment=training.alignment,
             seed=training.seed,
         )
 
@@ -346,7 +353,11 @@ class EpisodeDataset(Dataset):
         ]
         image, label = (_stack(tensors) for tensors in zip(*pairs, strict=True))
         ignored = _ignored(sources, group.setting.get("ignored", ()))
-        gin = NO_GIN
+        gin, aligned = NO_GIN, self.alignment is not None and "cohort" not in group.members[0]
+        if aligned:
+            known = label if ignored is None else torch.cat((label, ignored), 1)
+            image, known = self.alignment([clean for clean, _ in sources], image, known, task.generation)
+            label, ignored = known[:, :1], None if ignored is None else known[:, 1:] > 0
         if augment and self.augmentation is not None:
             drawn = [self.seed, 5, number]
             if ignored is not None:
@@ -363,6 +374,7 @@ class EpisodeDataset(Dataset):
             "loss_weight": torch.tensor(group.row.loss_weight, dtype=torch.float32),
             "unpaired": late and not task.generation,
             "gin": gin,
+            "targets": 1 if aligned else len(group.members),
             "dataset": group.members[0]["dataset"],
             "task": group.task,
             "classes": group.classes,

@@ -128,7 +128,9 @@ OPTIONS: dict[str, Option] = {
     "self_test": Option("flag", "predict every context from the others first: what Dice to expect of targets"),
     "ensemble": Option("count", "predictions per target from random halves of the contexts, averaged; 1 is one of all"),
     "align": Option(
-        "text", "bring contexts to each target: off, affine or deformable; None: deformable, for generation off"
+        "text",
+        "bring contexts to each target: off, affine or deformable; None: deformable, for generation off; "
+        "training: a flag",
     ),
     "refine": Option("flag", "of earlier versions: with align, regions are always looked at in fine voxels"),
     "overlays": Option("flag", "write a picture per case"),

@@ -88,10 +88,3 @@ def meet_processes() -> None:
     dist.init_process_group("gloo", timeout=MEETING_TIMEOUT)
     dist.barrier()
     dist.destroy_process_group()
-
-
-def bfloat16_pays(device: str | torch.device) -> bool:
-    """Whether a device has units of its own for bfloat16."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))

@@ -27,7 +27,8 @@ MOST_CASES = 64
 MOST_CONTEXTS = 8
 """That are brought to one of them."""
 
-FOLDS = 2
+FOLDS = 4
+"""Of the contexts, or as many as there are: each is tuned without one of four, for a fourth of the time."""
 
 FEWEST = 3
 """Contexts that are dealt out into folds: with fewer, each fold would have one and be judged on one."""
@@ -99,9 +100,10 @@ def find_cases(predictor: ICLInferer, seconds: float, seed: int) -> TuningCases:
     until = time.monotonic() + seconds
     tested = list(_in_turn(predictor, until, np.random.default_rng([seed, 1])))
     if len(tested) >= FEWEST:
-        every = set(range(FOLDS))
-        cases = [TuningCase(one, i % FOLDS, tuple(every - {i % FOLDS})) for i, one in enumerate(tested)]
-        return TuningCases(cases, FOLDS, copies=False)
+        folds = min(FOLDS, len(tested))
+        every = set(range(folds))
+        cases = [TuningCase(one, i % folds, tuple(every - {i % folds})) for i, one in enumerate(tested)]
+        return TuningCases(cases, folds, copies=False)
     copies = _copies(predictor, bool(tested), np.random.default_rng([seed, 2]))
     judged = list(itertools.islice(copies, JUDGED_COPIES))
     tested = tested or list(itertools.islice(copies, TUNED_COPIES))

@@ -69,6 +69,15 @@ def test_a_group_s_weight_multiplies_its_gradient():
     assert moved[1] == pytest.approx(moved[0] / 2, rel=1e-3) and moved[0] != 0 and moved[2] == 0
 
 
+def test_of_a_group_that_says_so_the_first_member_alone_is_the_target():
+    steps = []
+    for more in ({}, {"targets": torch.tensor([1])}):
+        trainer = trainer_of([group(members=3) | more])
+        trainer.run()
+        steps.append(len(trainer.scales))
+    assert steps == [3, 1]
+
+
 def test_weights_hold_within_a_batch():
     first, second = group(seed=1), group(seed=2)
     both = {name: torch.cat((first[name], second[name])) for name in first}

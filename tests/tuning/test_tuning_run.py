@@ -95,9 +95,11 @@ def test_each_case_is_judged_by_weights_that_never_had_it_as_a_target(monkeypatc
         tuning_run.AlignedEpisodes, "show", lambda self, cases, of: (shown.append(cases), plain(self, cases, of))
     )
     inferer.tune(**QUICK)
-    assert len(shown) == 2 and len(shown[0]) == len(shown[1]) == 2 and not set(shown[0]) & set(shown[1])
-    halfway, end = [case for case, _ in judged[:2]], [case for case, _ in judged[2:4]]
-    assert halfway == end == shown[1] and [case for case, _ in judged[4:]] == shown[0] * 2
+    assert len(shown) == 4 and len(judged) == 8  # halfway and at the end of each fold
+    for fold, cases in enumerate(shown):
+        (halfway, _), (end, _) = judged[2 * fold : 2 * fold + 2]
+        assert halfway is end and len(cases) == 3 and end not in cases
+    assert len({case.name for case, _ in judged}) == 4
 
 
 def test_a_single_pair_is_tuned_on_deformed_copies_and_says_so():

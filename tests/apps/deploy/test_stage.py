@@ -13,6 +13,7 @@ from scripts.apps.deploy.segments import PRIVATE_SCHEME, describe_segments
 from scripts.apps.deploy.stage import stage
 from scripts.checkpoint import CheckpointError
 from scripts.data.nnunet import DatasetError
+from scripts.inferer import ICLInferer
 
 
 @pytest.fixture
@@ -44,6 +45,15 @@ def test_only_the_chosen_contexts_are_packaged_and_make_the_same_set(tmp_path, d
     assert packaged.hashes(again)["context_set_sha256"] == context_set_sha256(whole.context)
     assert [segment.name for segment in packaged.segments(again)] == ["first", "second"]
     assert "monai-deploy package" in capsys.readouterr().out
+
+
+def test_tuned_weights_are_packaged_with_what_to_expect_of_them(tmp_path, data, weights, monkeypatch):
+    plain = ICLInferer.tune
+    monkeypatch.setattr(ICLInferer, "tune", lambda self, *args: plain(self, *args, steps=1, amp=False))
+    packaged = staged(tmp_path, data, weights, align="off", tune=5)
+    report = json.loads((packaged.path / "tuning.json").read_text())
+    again = packaged.predictor()
+    assert report["minutes"] == 5 and again.prepare() == report["self_test"]
 
 
 def test_contexts_chosen_for_each_target_are_all_packaged(tmp_path, data, weights):

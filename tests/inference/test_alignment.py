@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 from scripts.inference import aligned_contexts as alignment
 from scripts.inference.confidence import SHARES, ConfidentInferer
 from scripts.inference.self_test import dice_by_label
-from scripts.inference.target import NOT_TO_BE_TRUSTED
+from scripts.inference.target import HARDLY_TO_BE_TRUSTED, NOT_TO_BE_TRUSTED
 from scripts.inferer import ICLInferer
 from scripts.networks import Neuroverse3D
 from tests.workflows import run_workflow
@@ -147,6 +147,14 @@ def test_labels_far_apart_get_regions_of_their_own(second, regions):
     assert [region["labels"] for region in target.alignment["regions"]] == ([[1], [2]] if regions == 2 else [[1, 2]])
     assert min(dice(target.prediction, label, 2)) > 0.75
     assert len(target.views) == regions and set(target.used) == {1, 2}
+
+
+def test_a_target_that_most_contexts_do_not_align_with_is_doubted():
+    label = subject(0)[1]
+    odd = [(noise(seed), label) for seed in range(3)]
+    target = predicted(predictor([subject(0), *odd]), subject(10)[0])
+    assert set(target.aligned) == {0} and target.doubt == HARDLY_TO_BE_TRUSTED
+    assert target.doubt in target.warnings and target.prediction.any()
 
 
 def test_contexts_of_another_contrast_vote_and_the_network_is_not_asked():

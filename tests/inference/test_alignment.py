@@ -149,12 +149,14 @@ def test_labels_far_apart_get_regions_of_their_own(second, regions):
     assert len(target.views) == regions and set(target.used) == {1, 2}
 
 
-def test_a_target_that_most_contexts_do_not_align_with_is_doubted():
-    label = subject(0)[1]
-    odd = [(noise(seed), label) for seed in range(3)]
-    target = predicted(predictor([subject(0), *odd]), subject(10)[0])
-    assert set(target.aligned) == {0} and target.doubt == HARDLY_TO_BE_TRUSTED
-    assert target.doubt in target.warnings and target.prediction.any()
+@pytest.mark.parametrize(
+    ("aligned", "doubt"), [(3, None), (2, None), (1, HARDLY_TO_BE_TRUSTED), (0, NOT_TO_BE_TRUSTED)]
+)
+def test_a_target_that_most_contexts_do_not_align_with_is_doubted(near, aligned, doubt):
+    target = near.target(subject(10)[0])
+    target.aligned = dict.fromkeys(range(aligned), 0.5)
+    target.alignment = {"left_out": [f"context {n}" for n in range(4 - aligned)]}
+    assert target.doubt == doubt
 
 
 def test_contexts_of_another_contrast_vote_and_the_network_is_not_asked():

@@ -99,7 +99,8 @@ class ConfidentInferer(Inferer):
     - **agreement**, by label: how far the prediction's mask agrees with the masks that the ensemble's members give at
       thresholds from 0.2 to 0.8, see :meth:`Firmness.agreement`. Without an ensemble there is one member.
     - **expected Dice**, by label, after a self-test in which the contexts, each predicted from the others, had a mean
-      Dice and a mean agreement: mean Dice · (agreement / mean agreement)^1.75, at most 1.
+      Dice and a mean agreement: mean Dice · (agreement / mean agreement)^1.75, at most 1; less where less than half
+      of the contexts could be aligned.
     - **similarity** to the nearest context, and **flags** in words: unlike every context
       (:class:`~scripts.inference.context_similarity.ContextSimilarity`), in less agreement than any context, or not
       aligned.
@@ -230,8 +231,9 @@ class ConfidentInferer(Inferer):
             for value, lowest in self._lowest_agreement.items()
             if agreement[value] < lowest - LOW_AGREEMENT_MARGIN
         ]
+        support = min(1.0, 2 * target.part_aligned)  # few contexts agree easily
         expected = {
-            value: min(1.0, dice * (agreement[value] / firmness) ** DICE_EXPONENT) if firmness else 0.0
+            value: min(1.0, support * dice * (agreement[value] / firmness) ** DICE_EXPONENT) if firmness else 0.0
             for value, (dice, firmness) in self._self_test_means.items()
         }
         target.confidence = {

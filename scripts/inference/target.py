@@ -69,7 +69,14 @@ class Target:
             return None
         if not self.aligned:
             return NOT_TO_BE_TRUSTED
-        return HARDLY_TO_BE_TRUSTED if len(self.aligned) < len(self.alignment["left_out"]) else None
+        return HARDLY_TO_BE_TRUSTED if self.part_aligned < 0.5 else None
+
+    @property
+    def part_aligned(self) -> float:
+        """Of the contexts that were tried, how many could be brought to the scan; 1 where it is shown as it is."""
+        if self.alignment is None or not self.aligned:
+            return 1.0
+        return len(self.aligned) / (len(self.aligned) + len(self.alignment["left_out"]))
 
     def show_as_it_is(self, values: Sequence[int], context: ContextSet) -> None:
         """Add a view of the whole target beside the contexts as they are, for some labels."""

@@ -261,7 +261,9 @@ class TuningRun:
             self.trainer.run()
         if self.stopped:
             return
-        state["folds"].append({name: value.clone() for name, value in self.average.network_so_far.state_dict().items()})
+        state["folds"].append(
+            {name: value.cpu().clone() for name, value in self.average.network_so_far.state_dict().items()}
+        )
         state["after"] += [asdict(self._judged(case)) for case in judged]
         self._expect(state, [])
         atomic_save(state, self.folder / LAST)

@@ -42,10 +42,10 @@ TUNED_COPIES = 9
 COPY_TURN, COPY_SCALE = 8.0, 0.1
 COPY_BEND, COPY_SPACING = 0.06, 0.4
 """Standard deviation of a copy's displacements, and distance of their control points, as parts of the labels' edge."""
-COPY_GAMMA, COPY_NOISE, COPY_BIAS = 1.3, 0.06, 0.15
+COPY_GAMMA, COPY_NOISE, COPY_BIAS = 1.3, 0.03, 0.15
 COPY_TEXTURE, COPY_GRAIN = 0.1, 4.0
-"""Standard deviation of what a copy's anatomy has of its own, in intensities from 0 to 1, and its size in voxels: the
-very same texture would be brought back better than any other scan's."""
+"""Standard deviation of what a copy has of its own where it is predicted from the very scan that it is of, in
+intensities from 0 to 1, and its size in voxels: the same texture would be brought back better than another scan's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +139,7 @@ def _copies(predictor: ICLInferer, from_others: bool, rng: np.random.Generator) 
     holding = sorted({number for value in predictor.label_values for number in context.holding(value)})
     for count, number in zip(range(2 * (JUDGED_COPIES + TUNED_COPIES)), itertools.cycle(holding), strict=False):
         among = [other for other in holding if other != number] if from_others else [number]
-        image, label, counted = deformed(*context.counted_native(number), rng)
+        image, label, counted = deformed(*context.counted_native(number), rng, 0.0 if from_others else COPY_TEXTURE)
         values = [value for value in predictor.label_values if bool((label == value).any())]
         if not values:
             continue
@@ -150,7 +150,7 @@ def _copies(predictor: ICLInferer, from_others: bool, rng: np.random.Generator) 
 
 
 def deformed(
-    image: MetaTensor, label: MetaTensor, counted: Tensor, rng: np.random.Generator
+    image: MetaTensor, label: MetaTensor, counted: Tensor, rng: np.random.Generator, texture: float = 0.0
 ) -> tuple[MetaTensor, MetaTensor, Tensor]:
     """Another anatomy, and another scan of it: a pair bent at random, in other light.
 
@@ -159,6 +159,7 @@ def deformed(
         label: its label map.
         counted: where that counts.
         rng: the draw.
+        texture: standard deviation of a texture of its own.
     """
     shape = image.shape[1:]
     box = bounding_box(label[0].as_tensor() > 0)
@@ -174,7 +175,7 @@ def deformed(
     found = warped(torch.cat([one.float() for one in volumes])[None], matrix[None], shift[None], field[None])[0]
     bias = 1 + COPY_BIAS * smooth_field(rng, 1.0, edge, shape)[:1]
     lit = found[:1].clamp(0, 1) ** float(COPY_GAMMA ** rng.uniform(-1, 1)) * bias
-    lit = lit + COPY_TEXTURE * smooth_field(rng, 1.0, COPY_GRAIN, shape)[:1]
+    lit = lit + texture * smooth_field(rng, 1.0, COPY_GRAIN, shape)[:1]
     lit = lit + rng.uniform(0, COPY_NOISE) * torch.from_numpy(rng.standard_normal(lit.shape, np.float32))
     winner = torch.tensor(numbers, dtype=label.dtype)[found[1:-1].argmax(0)][None]
     return (

@@ -20,12 +20,12 @@ from scripts.inferer import ICLInferer
 from scripts.runtime.commandline import main
 from scripts.runtime.manifest import ROOT, bundle_identity, environment, file_sha256
 from scripts.runtime.memory import free_memory
+from scripts.runtime.precision import bfloat16_units, is_fast
 from scripts.runtime.processes import local_device, usable_device
 
 _SIZE, _SUBJECTS, _SEED = 32, 3, 0
 _LOWEST_DICE = 0.3
 """Weights that learned nothing stay below it: an empty or a full mask has 0 and about 0.1."""
-_BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "bf16")
 
 
 def doctor(checkpoint: str | None = None, device: str | None = None) -> None:
@@ -64,10 +64,10 @@ def doctor(checkpoint: str | None = None, device: str | None = None) -> None:
 
 
 def _bfloat16(device: torch.device) -> str:
-    if device.type == "cuda":
-        return "yes" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    units = [unit for unit in _BFLOAT16_UNITS if torch.cpu.get_capabilities().get(unit)]
-    return f"yes ({', '.join(units)})" if units else "no: --amp true would be slow here"
+    if not is_fast("bfloat16", device):
+        return "no: --amp true would be slow here"
+    units = [name for name, there in bfloat16_units().items() if there and device.type == "cpu"]
+    return f"yes ({', '.join(units)})" if units else "yes"
 
 
 def _segment_made_up_scan(weights: Path, device: torch.device) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from monai.utils import set_determinism
 REPOSITORY = Path(__file__).resolve().parents[1]
 if str(REPOSITORY) not in sys.path:
     sys.path.insert(0, str(REPOSITORY))
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers share the cores
+torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)

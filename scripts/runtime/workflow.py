@@ -25,7 +25,7 @@ from monai.bundle.reference_resolver import ReferenceResolver
 from scripts.runtime.commandline import main, root_cause
 from scripts.runtime.manifest import ROOT
 
-_PACKAGE = __name__.removesuffix("scripts.runtime.workflow")
+_PACKAGE = (__spec__.name if __name__ == "__main__" else __name__).removesuffix("scripts.runtime.workflow")
 """What stands in front of ``scripts`` where this is ``neuroverse3d.scripts``: configurations say it without."""
 _OWN = re.compile(r"(?<![\w.])scripts\.")
 _INERT = "$None"  # the parser asks its resolver for what expressions stand for, but not for constants

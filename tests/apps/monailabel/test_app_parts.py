@@ -20,6 +20,7 @@ from scripts.apps.monailabel.prediction_files import write_prediction  # noqa: E
 from scripts.apps.monailabel.predictors import DEFAULTS, app_options  # noqa: E402
 from scripts.apps.monailabel.statuses import NotFoundError, clear_statuses  # noqa: E402
 from scripts.data.volumes import load_volume  # noqa: E402
+from scripts.inference.confidence import ConfidentInferer  # noqa: E402
 from scripts.inference.context_pairs import ContextPairs  # noqa: E402
 from scripts.inferer import as_volume  # noqa: E402
 from scripts.networks import Neuroverse3D  # noqa: E402
@@ -256,6 +257,24 @@ def test_a_fault_of_the_program_is_not_hidden():
     with pytest.raises(HTTPException) as full, clear_statuses():
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert full.value.status_code == 503
+
+
+def test_a_tuning_that_wins_publishes_its_weights(tmp_path, make_app, make_studies, monkeypatch):
+    plain = ConfidentInferer.tested
+
+    def tested(self, case, network=None):
+        found = plain(self, case, None)
+        for values in found.dice.values() if network is not None else ():
+            values.update({value: dice + 0.1 for value, dice in values.items()})
+        return found
+
+    monkeypatch.setattr(ConfidentInferer, "tested", tested)
+    studies = make_studies(tmp_path, cases=4)
+    app = make_app(studies)
+    save(app, studies, *studies.cases)
+    result = app.train({"model": MODEL, "seconds": 5})
+    assert result["kept"] and result["weights"] == "weights_0001.pt" and result["started_from"] == "model.pt"
+    assert [path.name for path in app.model_folder.versions()] == ["weights_0001.pt"]
 
 
 def test_a_tuning_that_fails_publishes_nothing(tmp_path, make_app, make_studies):

@@ -15,7 +15,9 @@ pytest.importorskip("monailabel", reason="MONAI Label is not installed: .ci/labe
 
 from monailabel.client import MONAILabelClient  # noqa: E402
 
+from scripts.apps.monailabel.model_folder import ModelFolder  # noqa: E402
 from scripts.data.volumes import load_volume  # noqa: E402
+from tests.apps.monailabel.conftest import save_random_weights  # noqa: E402
 from tests.apps.monailabel.server import MODEL, NAMES, Server  # noqa: E402
 from tests.workflows import run_workflow  # noqa: E402
 
@@ -199,7 +201,9 @@ def test_several_clients_at_once_get_the_answers_of_one_by_one(tmp_path, serve, 
         assert np.array_equal(voxels(first), voxels(second)), case
 
 
-def test_tuning_makes_a_version_that_is_used_and_can_be_taken_back(tmp_path, serve, make_studies, weights):
+def test_tuning_runs_in_the_background_and_versions_are_used_and_can_be_taken_back(
+    tmp_path, serve, make_studies, weights
+):
     studies = make_studies(tmp_path, cases=6)
     shipped = hashlib.sha256(weights.read_bytes()).hexdigest()
     server = serve(studies)
@@ -209,15 +213,18 @@ def test_tuning_makes_a_version_that_is_used_and_can_be_taken_back(tmp_path, ser
     before = voxels(server.answer(target, tmp_path))
     assert server.client.get(f"/model/{MODEL}").status_code == 404  # nothing but the shipped weights
 
-    options = {"seconds": 10, "learning_rate": 1e-2}
+    options = {"seconds": 10, "learning_rate": 1e-9}  # too low to win anything
     assert server.train(**options).status_code == 200
     server.training_begins()
     assert server.train(**options).status_code == 429  # one at a time
     meanwhile = server.infer(target)
     assert meanwhile.status_code == 200 and meanwhile.json()["weights"] == "model.pt"
     ended = server.training_ends()
-    assert ended["status"] == "DONE" and "weights_0001.pt" in ended["details"][-1], ended
+    assert ended["status"] == "DONE" and '"weights": "model.pt"' in ended["details"][-1], ended
+    assert '"kept": false' in ended["details"][-1], ended
 
+    versions = ModelFolder(tmp_path / "app" / "model", weights)  # as a tuning that wins leaves them
+    versions.publish(save_random_weights(tmp_path / "other.pt", seed=1))
     assert server.infer(target).json()["weights"] == "weights_0001.pt"
     after = voxels(server.answer(target, tmp_path))
     assert not np.array_equal(after, before)
@@ -231,7 +238,8 @@ def test_tuning_makes_a_version_that_is_used_and_can_be_taken_back(tmp_path, ser
     assert server.training_ends()["status"] == "STOPPED"
     assert server.infer(target).json()["weights"] == "weights_0001.pt"  # nothing came of it
 
-    assert server.train(run_sync=True, start_from="shipped", **options).json()["weights"] == "weights_0002.pt"
+    assert server.train(run_sync=True, start_from="shipped", **options).json()["weights"] == "model.pt"
+    versions.publish(tmp_path / "other.pt")
     for left in ("weights_0001.pt", "model.pt"):
         assert server.client.delete(f"/model/{MODEL}").status_code == 200
         assert server.infer(target).json()["weights"] == left

@@ -20,8 +20,8 @@ from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from monai.engines.utils import IterationEvents
 from monai.handlers import TensorBoardStatsHandler, from_engine
+from monai.utils import optional_import
 from torch.nn.utils import clip_grad_norm_
-from torch.utils.tensorboard import SummaryWriter
 
 from scripts.data.episodes import as_episode
 from scripts.reporting.pictures import episode_figure
@@ -29,6 +29,7 @@ from scripts.runtime.options import OPTIONS
 from scripts.runtime.output_folder import write_text
 
 logger = logging.getLogger(__name__)
+SummaryWriter, _ = optional_import("torch.utils.tensorboard", name="SummaryWriter")  # tuning does without
 
 
 class ClipGradient:

@@ -28,6 +28,7 @@ from scripts.inference.views import EVEN_SHARE
 from scripts.inferer import ICLInferer
 from scripts.runtime.atomic_files import write_json
 from scripts.runtime.commandline import main
+from scripts.runtime.options import flag
 
 
 def tuning(
@@ -66,7 +67,7 @@ def tuning(
         device: where to compute.
         output_file: JSON file for the rows.
     """
-    rows = []
+    unet, amp, rows = flag(unet), flag(amp), []
     for size in context_sizes:
         found: dict[str, list[list[float]]] = {}
         seconds: dict[str, list[float]] = {}

@@ -16,7 +16,6 @@ import sys
 import tempfile
 
 from scripts.apps.command import verbs
-from scripts.apps.command.verbs import run, usage_lines
 from scripts.runtime.termination import exit_on_sigterm
 
 DATA, CONTEXT, OUT = verbs.DATA, verbs.CONTEXT, verbs.OUT
@@ -71,14 +70,10 @@ def main() -> None:
         return
     if arguments[0] == "python" and arguments[1:2] != ["-m"]:
         os.execv(sys.executable, [sys.executable, *arguments[1:]])
-    try:
-        if arguments[0] != "python":
-            for line in usage_lines(arguments, "IMAGE"):
-                print(line)
-        module, rest = command(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    run(module, rest)
+    if arguments[0] == "python" and len(arguments) > 2:
+        verbs.run(*command(arguments))
+    else:
+        verbs.start(arguments, "IMAGE", command)
 
 
 if __name__ == "__main__":

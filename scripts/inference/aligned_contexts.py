@@ -58,8 +58,7 @@ SCATTERED = 0.2
 """Mean overlap (Jaccard index) of a label's boxes in pairs of contexts, below which they tell nothing of its place."""
 
 REACH = 0.15
-"""Contexts whose similarity on the whole scan is farther than this below the best one's are searched for themselves,
-and if that does not help say nothing of regions."""
+"""Contexts whose similarity on the whole scan is farther than this below the best one's say nothing of regions."""
 
 DOUBTFUL = 0.05
 """Whole scans' similarity this far below the best one's may mean a wrong place: they are searched for themselves."""
@@ -287,9 +286,10 @@ class AlignedContexts:
             target.show_as_it_is(scattered if numbers else values, self.context)
         if not (numbers and followed):
             return
-        found = self._looked(target, numbers, followed, KINDS)
+        scan = coarser(target.scan, COARSE_VOXELS).to(self.device)
+        found = self._looked(target, scan, numbers, followed, KINDS)
         if found.agreement < DISAGREEING:  # outlines alone may agree where contrasts differ, in a wrong place
-            found = max(found, self._looked(target, numbers, followed, (EDGES,)), key=lambda one: one.agreement)
+            found = max(found, self._looked(target, scan, numbers, followed, (EDGES,)), key=lambda one: one.agreement)
         views, words, outside = found.views, found.words, found.outside
         target.aligned = dict(found.similarity)
         left_out = sorted(number for number in numbers if number not in target.aligned)
@@ -319,9 +319,11 @@ class AlignedContexts:
             target.warnings.append(f"no context aligned where it lies, left empty: label {which}")
         target.views += [*views, *([EmptyView(target.image, rest)] if rest else [])]
 
-    def _looked(self, target: Target, numbers: Sequence[int], values: Sequence[int], kinds: Sequence[str]) -> _Looked:
-        """Contexts brought to the whole of a target, then to each of its regions, by what may be compared."""
-        whole = self._whole(coarser(target.scan, COARSE_VOXELS).to(self.device), numbers, kinds)
+    def _looked(
+        self, target: Target, scan: MetaTensor, numbers: Sequence[int], values: Sequence[int], kinds: Sequence[str]
+    ) -> _Looked:
+        """Contexts brought to a target, first to a coarse ``scan`` of all of it, by what may be compared."""
+        whole = self._whole(scan, numbers, kinds)
         starts = {number: one.affine for number, one in whole.items()}
         best = max(one.similarity for one in whole.values())
         near = [number for number in numbers if whole[number].similarity >= best - REACH]

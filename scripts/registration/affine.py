@@ -101,13 +101,11 @@ def gauss_newton(
     active = torch.arange(len(maps))
     for iteration in range(iterations + 1):
         coordinates = points @ maps[active, :3].transpose(1, 2).to(points)
-        moved = sample(moving[active], coordinates, grid.shape)
+        moved = sample(moving, coordinates, grid.shape)
         both = known & (moved != 0).flatten(2)
         score = correlation(target, moved).double().mean(1).cpu()
         cover = (both.any(1).sum(1) / known.any(1).sum().clamp(min=1)).double().cpu()
-        stretch = torch.linalg.svdvals((back[active] @ maps[active] @ from_world)[:, :3, :3])
-        plausible = (stretch.amin(1) > 1 / STRETCH_LIMIT) & (stretch.amax(1) < STRETCH_LIMIT)
-        rank = torch.where(plausible, score * overlap_worth(cover), -1.5)
+        rank = torch.where(plausible(back[active] @ maps[active] @ from_world), score * overlap_worth(cover), -1.5)
         better = rank > best_score[active]
         now = active[better]
         best[now], best_score[now], best_cover[now] = maps[now], rank[better], cover[better]
@@ -131,11 +129,19 @@ def gauss_newton(
         change = torch.eye(4, dtype=torch.float64).repeat(len(active), 1, 1)
         change[:, :3] += step.unflatten(1, (3, 4))
         maps[active] = maps[active] @ torch.linalg.inv(change)
-        active = active[longest[:, 0] > settled]
-        if not len(active):
+        going_on = longest[:, 0] > settled
+        if not going_on.any():
             break
+        if not going_on.all():
+            active, moving = active[going_on], moving[going_on]
     found = back @ best @ from_world
     return found, best_score, best_cover
+
+
+def plausible(affine: Tensor) -> Tensor:
+    """Which of some transforms (K, 4, 4) stretch by less than :data:`STRETCH_LIMIT` in every direction, (K,) bool."""
+    stretch = torch.linalg.svdvals(affine[:, :3, :3])
+    return (stretch.amin(1) > 1 / STRETCH_LIMIT) & (stretch.amax(1) < STRETCH_LIMIT)
 
 
 def overlap_worth(cover: Tensor, least: float = 1 / 3) -> Tensor:

@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from scripts.registration import separable
-from scripts.registration.affine import STRETCH_LIMIT, Level, gauss_newton, rigid_basis
+from scripts.registration.affine import Level, gauss_newton, plausible, rigid_basis
 from scripts.registration.deformable import demons, folded_share, voxel_indices, voxel_maps, warp_features
 from scripts.registration.grids import Grid, canonical, resample, sample
 from scripts.registration.search import search
@@ -71,9 +71,7 @@ class Alignment:
     @property
     def aligned(self) -> Tensor:
         """(K,) bool: contexts that agree with the target well enough to be used, and are not stretched to do so."""
-        stretch = torch.linalg.svdvals(self.affine[:, :3, :3])
-        plausible = (stretch.amin(1) > 1 / STRETCH_LIMIT) & (stretch.amax(1) < STRETCH_LIMIT)
-        return (self.similarity >= ALIGNED) & (self.folded < 0.01) & plausible
+        return (self.similarity >= ALIGNED) & (self.folded < 0.01) & plausible(self.affine)
 
     def warp(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from scripts.apps.command.verbs import command, help_text, run, usage_lines
+from scripts.apps.command.verbs import help_text, start
 from scripts.runtime.termination import exit_on_sigterm
 
 _PROGRAM = "neuroverse3d"
@@ -17,13 +17,7 @@ def main() -> None:
     if not arguments or arguments[0] in ("--help", "-h"):
         print(help_text(_PROGRAM))
         return
-    try:
-        for line in usage_lines(arguments, _PROGRAM):
-            print(line)
-        module, rest = command(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    run(module, rest)
+    start(arguments, _PROGRAM)
 
 
 if __name__ == "__main__":

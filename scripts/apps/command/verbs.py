@@ -306,6 +306,25 @@ def usage_lines(arguments: Sequence[str], program: str) -> Iterator[str]:
         yield f"  {VERBS[name].meaning}"
 
 
+def start(
+    arguments: Sequence[str], program: str, translate: Callable[[Sequence[str]], tuple[str, list[str]]] = command
+) -> None:
+    """Run the verb that was typed; what is wrong with it ends the program with one line and status 1.
+
+    Args:
+        arguments: the verb and what follows.
+        program: what stands in front of the verb.
+        translate: gives the module that runs, and its arguments.
+    """
+    try:
+        for line in usage_lines(arguments, program):
+            print(line)
+        module, rest = translate(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    run(module, rest)
+
+
 def run(module: str, arguments: Sequence[str]) -> None:
     """Run a module as the program."""
     if any(argument.startswith(f"{ROOT}/configs/") for argument in arguments):

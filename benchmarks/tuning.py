@@ -68,7 +68,7 @@ def minutes(
         options: of ``configs/tune.json``.
     """
     if run.quick:
-        context_sizes, minutes = (2,), (0.2,)
+        context_sizes, minutes = (2,), (0.05,)
     settings = run, cases, checkpoint, minutes, tune, unet, learning_rate, align, amp, options or {}
     for size in context_sizes:
         choices = [_choice(number, size, *settings) for number in range(context_sets)]

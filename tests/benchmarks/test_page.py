@@ -66,6 +66,14 @@ def test_every_benchmark_is_listed():
         assert made == list(module.WORKS) and all(f"\n  {name} " in said for name in made)
 
 
+def test_pages_name_benchmarks_that_exist():
+    known = dict(works())
+    for path in (Path("README.md"), *sorted(Path("docs").glob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        for subject, name in re.findall(r"\bbenchmarks\.(?!md|page|SUBJECT)(\w+)(?: (\w+))?", text):
+            assert f"{subject} {name}" in known, f"{path}: benchmarks.{subject} {name}"
+
+
 def test_the_page_explains_every_common_option():
     assert set(re.findall(r"^\| `--(\w+)` \|", TEXT, re.MULTILINE)) == {field.name for field in fields(Run)}
 

@@ -70,6 +70,7 @@ FIGURES = {
     "psnr": ("PSNR, dB", "{:.2f}"),
     "psnr_gain": ("gain, dB", "{:+.2f}"),
     "marked": ("share marked", "{:.3f}"),
+    "turned": ("of the contexts used, turned", "{:.0%}"),
     "folded": ("folded voxels", "{:.2%}"),
     "correlation": ("Pearson, per label", "{:.2f}"),
     "rank_correlation": ("Spearman, per label", "{:.2f}"),
@@ -142,6 +143,7 @@ def work(function: Callable[..., Iterator[Row]]) -> Callable[..., None]:
     hints = get_type_hints(function)
     parameters = inspect.signature(function).parameters.values()
     parts = {p.name: hints[p.name] for p in parameters if is_dataclass(hints[p.name])}
+    parts = dict(sorted(parts.items(), key=lambda part: part[1] is Run))  # what every benchmark has comes last
     own = [p for p in parameters if p.name not in parts]
     shared = {
         f.name: inspect.Parameter(
@@ -179,7 +181,7 @@ def work(function: Callable[..., Iterator[Row]]) -> Callable[..., None]:
                 _append({"benchmark": benchmark_name(function)} | row._asdict() | said)
 
     command.__signature__ = signature
-    command.__doc__ = _help(function, parts.values())
+    command.__doc__ = _help(function, parts)
     return command
 
 
@@ -367,11 +369,12 @@ def _ratios(baseline: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, A
     return ratios
 
 
-def _help(function: Callable, parts: Sequence[type]) -> str:
+def _help(function: Callable, parts: Mapping[str, type]) -> str:
     """The function's docstring, with the fields in place of the parameters that are dataclasses."""
     text, _, arguments = inspect.cleandoc(function.__doc__).partition("\n\nArgs:\n")
-    lines = [inspect.cleandoc(part.__doc__).split("Attributes:\n")[1].rstrip() for part in parts]
-    return "\n".join([text, "", "Args:", *filter(None, [arguments.rstrip()]), *lines])
+    own = [line for line in arguments.splitlines() if line.strip().split(":")[0] not in parts]
+    shared = [inspect.cleandoc(part.__doc__).split("Attributes:\n")[1].split("\n\n")[0] for part in parts.values()]
+    return "\n".join([text, "", "Args:", *shared, *own])
 
 
 def _processor() -> str:

@@ -299,8 +299,8 @@ def selection(
                 used += [Path(one).parent == Path(folder) for names in target.used.values() for one in names]
             seconds = (time.perf_counter() - started) / len(targets)
             case = f"{name}, K={context_size}, --align {align}{', every second one turned' if turned else ''}"
-            side = f"{np.mean(used):.0%} of those used are turned" if turned else ""
-            yield Row(case, {"dice": interval(dice), "seconds": seconds}, data, side)
+            figures = {"dice": interval(dice), "seconds": seconds} | ({"turned": np.mean(used)} if turned else {})
+            yield Row(case, figures, data)
 
 
 def case_scores(

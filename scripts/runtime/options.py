@@ -110,9 +110,7 @@ OPTIONS: dict[str, Option] = {
     "augment": Option("flag", "change training groups at random; the _prob options are probabilities"),
     "flip_prob": Option("float", "mirror, for each axis"),
     "rotate90_prob": Option("float", "turn by 90, 180 or 270 degrees, for each plane with two equal sides"),
-    "member_rotate90_prob": Option(
-        "float", "turn so in one plane, each member on its own; for synthetic data, with 0.25"
-    ),
+    "member_rotate90_prob": Option("float", "turn so in one plane, each member on its own; meant for synthetic data"),
     "low_resolution_prob": Option("float", "keep every 2nd, 3rd or 4th voxel of one axis, and interpolate between"),
     "shift_prob": Option("float", "add or take up to 0.2 from the intensities; generation: of the output too"),
     "scale_prob": Option("float", "intensities times 0.9 to 1.1; generation: of the output too"),
@@ -121,16 +119,12 @@ OPTIONS: dict[str, Option] = {
         "Gaussian noise on the image, up to 0.02; generation: up to 0.025, and with a half and a quarter of the "
         "probability 0.05 and 0.075",
     ),
-    "elastic_prob": Option(
-        "float", "rotate by up to 0.3 rad, scale by up to 20 % (generation 10 %), and deform smoothly"
-    ),
+    "elastic_prob": Option("float", "rotate by up to 0.3 rad, scale by up to 20 % (generation: 10), deform smoothly"),
     "image_invert_prob": Option("float", "invert images"),
     "label_invert_prob": Option("float", "segmentation: background for foreground"),
     "sobel_prob": Option("float", "segmentation: edges of the label for the label"),
     "morphology_prob": Option("float", "segmentation: dilate or erode the label by a voxel"),
-    "gin_prob": Option(
-        "float", "see images through a random shallow network (GIN, arXiv 2111.12525), scaled to [0, 1]"
-    ),
+    "gin_prob": Option("float", "see images through a random shallow network (GIN, arXiv 2111.12525)"),
     "early_stop": Option("flag", "stop when the validation loss no longer falls"),
     "early_stop_patience": Option("count", "validations without gain before stopping"),
     "image_interval": Option("int", "epochs between TensorBoard pictures, 0 for none"),

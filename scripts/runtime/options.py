@@ -21,7 +21,7 @@ class Option(NamedTuple):
 
     kind: str
     meaning: str
-    left_open: str = "–"
+    left_open: str = "None"
 
 
 OPTIONS: dict[str, Option] = {

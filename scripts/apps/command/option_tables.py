@@ -28,7 +28,7 @@ _HEAD = """# Options
 For research use only.
 
 `make docs` writes this page from the configurations and the tools' own descriptions; `--help` prints the same. \
-A dash stands for a default that is not set. All take `--help true` and `--debug true` (full tracebacks).
+`None` stands for what is not set, a dash for what has to be given. All take `--help true` and `--debug true` (full tracebacks).
 
 An option is given as `--name value`, behind a verb of [`neuroverse3d`](command.md) as well. Booleans are `true` or \
 `false`; lists are quoted: `--channels "[16,32,64,128]"`. A misspelt option ends the run, and the nearest valid one is \
@@ -89,7 +89,7 @@ def _tool(function: Callable[..., None]) -> Iterator[tuple[str, ...]]:
     said = {argument.name: argument.description for argument in docstrings.parse(function.__doc__).args}
     for name, parameter in inspect.signature(function).parameters.items():
         value = parameter.default
-        default = "–" if value in (parameter.empty, None) else value if isinstance(value, str) else json.dumps(value)
+        default = "–" if value is parameter.empty else str(value).lower() if isinstance(value, bool) else str(value)
         yield f"`{name}`", default, said[name].rstrip(".").replace("``", "`")
 
 

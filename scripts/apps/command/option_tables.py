@@ -28,7 +28,8 @@ _HEAD = """# Options
 For research use only.
 
 `make docs` writes this page from the configurations and the tools' own descriptions; `--help` prints the same. \
-`None` stands for what is not set, a dash for what has to be given. All take `--help true` and `--debug true` (full tracebacks).
+`None` stands for what is not set, a dash for what has to be given. All take `--help true` and `--debug true` \
+(full tracebacks).
 
 An option is given as `--name value`, behind a verb of [`neuroverse3d`](command.md) as well. Booleans are `true` or \
 `false`; lists are quoted: `--channels "[16,32,64,128]"`. A misspelt option ends the run, and the nearest valid one is \

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from pydoc import locate
+from typing import NamedTuple
 
 from fire import docstrings
 
@@ -51,47 +52,53 @@ _TOOLS |= {"deploy": ("scripts.apps.deploy.stage", "scripts.apps.deploy.stage.st
 def page() -> str:
     """The whole page as Markdown."""
     parts = [_HEAD]
+    seen: dict[_Row, str] = {}
     for name, verb in VERBS.items():
-        if name == STAGES[0]:
-            parts.append(_section("train", "configs/train_stage1.json`, `configs/train_stage2.json", _stages()))
-        elif verb.is_workflow and name not in STAGES:
-            config = Path(verb.first[-1])
-            parts.append(_section(name, f"configs/{config.name}", _workflow(config)))
+        if not verb.is_workflow or name == STAGES[1]:
+            continue
+        heading = "train" if name in STAGES else name
+        configs = [Path(VERBS[stage].first[-1]) for stage in (STAGES if name in STAGES else (name,))]
+        rows = list(_workflow(*configs))
+        source = "`, `".join(f"configs/{config.name}" for config in configs)
+        parts.append(_section(heading, source, [row for row in rows if row not in seen]))
+        for known in dict.fromkeys(seen[row] for row in rows if row in seen):
+            names = ", ".join(row.option for row in rows if seen.get(row) == known)
+            parts.append(f"As with [{known}](#{known}): {names}.\n")
+        seen |= {row: heading for row in rows if row not in seen}
     for name, (typed, function) in _TOOLS.items():
         parts.append(_section(name, f"python -m {typed}", _tool(locate(function))))
     return "\n".join(parts)
 
 
-def _section(name: str, source: str, rows: Iterator[tuple[str, ...]]) -> str:
-    found = list(rows)
-    columns = ("option", "default", "meaning") if len(found[0]) == 3 else ("option", "stage 1", "stage 2", "meaning")
-    lines = [columns, ("---",) * len(columns), *found]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"## {name}\n\n`{source}`\n\n{table}\n"
+class _Row(NamedTuple):
+    option: str
+    default: str
+    meaning: str
 
 
-def _read(config: Path) -> dict[str, object]:
-    content = json.loads(config.read_text(encoding="utf-8"))
-    return {name: content[name] for name in content if name in OPTIONS and name not in ("help", "debug")}
+def _section(name: str, source: str, rows: Iterable[_Row]) -> str:
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in (_Row._fields, ("---",) * 3, *rows))
+    return f"## {name}\n\n`{source}`\n\n{lines}\n"
 
 
-def _workflow(config: Path) -> Iterator[tuple[str, ...]]:
-    for name, value in _read(config).items():
-        yield f"`{name}`", default_text(name, value), OPTIONS[name].meaning
-
-
-def _stages() -> Iterator[tuple[str, ...]]:
-    first, second = (_read(Path(VERBS[name].first[-1])) for name in STAGES)
+def _workflow(*configs: Path) -> Iterator[_Row]:
+    """Rows of a configuration, or of that of several stages."""
+    first, *later = (json.loads(config.read_text(encoding="utf-8")) for config in configs)
     for name in first:
-        yield f"`{name}`", default_text(name, first[name]), default_text(name, second[name]), OPTIONS[name].meaning
+        if name in OPTIONS and name not in ("help", "debug"):
+            default = default_text(name, first[name])
+            for number, content in enumerate(later, 2):
+                if (other := default_text(name, content[name])) != default:
+                    default += f"; stage {number}: {other}"
+            yield _Row(f"`{name}`", default, OPTIONS[name].meaning)
 
 
-def _tool(function: Callable[..., None]) -> Iterator[tuple[str, ...]]:
+def _tool(function: Callable[..., None]) -> Iterator[_Row]:
     said = {argument.name: argument.description for argument in docstrings.parse(function.__doc__).args}
     for name, parameter in inspect.signature(function).parameters.items():
         value = parameter.default
         default = "–" if value is parameter.empty else str(value).lower() if isinstance(value, bool) else str(value)
-        yield f"`{name}`", default, said[name].rstrip(".").replace("``", "`")
+        yield _Row(f"`{name}`", default, said[name].rstrip(".").replace("``", "`"))
 
 
 def write_options() -> None:

@@ -49,8 +49,11 @@ SPARE_SECONDS = 1.0
 """Of the time, for what is written at the end."""
 
 LEAST_GAIN = 0.004
-"""In mean Dice with an even share of the network, and at least its standard error: below it the weights stay as they
-were. With labels exchanged among hippocampus scans, where there is nothing to learn, the gain was 0.001."""
+"""In mean Dice with an even share of the network: below it the weights stay as they were. With labels exchanged among
+hippocampus scans, where there is nothing to learn, the gain was 0.001."""
+
+LEAST_ERRORS = 1.64
+"""The gain in standard errors of its own, at least: one case alone that gains is not believed."""
 
 LEAST_GAIN_ON_COPIES = 0.02
 """The same, where deformed copies of what was tuned on are judged: on other people a gain is smaller than on these."""
@@ -311,7 +314,7 @@ class TuningRun:
             [after[one.name].mean_dice(EVEN_SHARE) - one.mean_dice(EVEN_SHARE) for one in outcomes["before"]]
         )
         error = float(even.std(ddof=1) / len(even) ** 0.5) if len(even) > 1 else None
-        least = max(LEAST_GAIN_ON_COPIES if cases.copies else LEAST_GAIN, error or 0.0)
+        least = max(LEAST_GAIN_ON_COPIES if cases.copies else LEAST_GAIN, LEAST_ERRORS * (error or 0.0))
         kept = gain >= 0 and float(even.mean()) >= least
         if not kept:
             self.predictor.network.load_state_dict(start)

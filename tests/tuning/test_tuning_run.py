@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
@@ -80,6 +81,33 @@ def test_weights_that_do_not_win_stay(monkeypatch, tmp_path):
     report = inferer.tune(output_dir=tmp_path, **QUICK)
     assert not report["kept"] and report["self_test"]["mean_dice"]["1"] < 1
     assert same(before, weights(inferer)) and same(before, load_network(tmp_path / "model.pt").state_dict())
+
+
+class Looking(torch.nn.Module):
+    """Answers the mean of the labels that it is shown, and what it has learnt to see in the target."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("grid", torch.tensor((SIZE,) * 3))
+        self.look = torch.nn.Conv3d(1, 1, 3, padding=1)
+        torch.nn.init.zeros_(self.look.weight)
+        torch.nn.init.zeros_(self.look.bias)
+
+    def forward(self, target_in, context_in, context_out, mini_context_size):
+        return context_out.mean(1) + self.look(target_in)
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_only_labels_that_can_be_learnt_give_weights_that_win(exchanged):
+    pairs = [(image + label, label) for image, label in (subject(seed, degrees=12, shift=3) for seed in range(4))]
+    if exchanged:  # each lies somewhere else
+        places = ((8, 0, 0), (0, -9, 0), (0, 0, 8), (-7, 7, 0))
+        pairs = [(image, np.roll(label, place, (0, 1, 2))) for (image, label), place in zip(pairs, places, strict=True)]
+    inferer = ICLInferer(Looking(), device="cpu", align="off")
+    inferer.set_context(*zip(*pairs, strict=True))
+    before = weights(inferer)
+    report = inferer.tune(**QUICK | {"steps": 30, "learning_rate": 3e-2})
+    assert report["kept"] is not exchanged and same(before, weights(inferer)) is exchanged
 
 
 def test_each_case_is_judged_by_weights_that_never_had_it_as_a_target(monkeypatch):

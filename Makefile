@@ -9,7 +9,7 @@ demo: $(VENV)/.ready
 	$(RUN) -m scripts.demo --output_dir demo_output --overwrite true
 
 test: $(VENV)/.ready-dev
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.ready-dev
 	$(RUN) -m ruff check .

@@ -1,4 +1,4 @@
-"""Shared by all tests: repository on the path, two threads, fixed seeds, the folder with data and fixtures."""
+"""Shared by all tests: repository on the path, one thread, fixed seeds, the folder with data and fixtures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from monai.utils import set_determinism
 REPOSITORY = Path(__file__).resolve().parents[1]
 if str(REPOSITORY) not in sys.path:
     sys.path.insert(0, str(REPOSITORY))
-torch.set_num_threads(2)
+# of every worker and of what it starts: more threads than cores make all slower, and another number rounds differently
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

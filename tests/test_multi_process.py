@@ -19,7 +19,7 @@ from tests.workflows import SMALL, run_workflow
 
 OPTIONS = SMALL | {"groups_per_epoch": 4, "val_groups": 3, "image_interval": 0}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="module")

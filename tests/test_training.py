@@ -239,7 +239,6 @@ import torch
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 
-torch.set_num_threads(2)  # as the tests have it: another number rounds differently
 where, options = sys.argv[1], json.loads(sys.argv[2])
 workflow = ConfigWorkflow("configs/train_stage1.json", workflow_type="train", **options)
 workflow.initialize()

@@ -32,7 +32,7 @@ class AlignedMembers:
         self.folder = Path(cache_dir) / "aligned"
 
     def __call__(
-        self, clean: Sequence[Tensor], image: Tensor, label: Tensor, generation: bool
+        self, clean: Sequence[Tensor], image: Tensor, label: Tensor, generation: bool, keep: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Warp a group.
 
@@ -41,13 +41,14 @@ class AlignedMembers:
             image: (N, 1, H, W, D), inputs.
             label: (N, C, H, W, D), wanted outputs: 0 and 1, or for generation images.
             generation: they are images.
+            keep: cache the transforms; members that are never drawn again need not be.
 
         Returns:
             Both alike, of the types that they had; 0 where a member shows nothing.
         """
         shape, still = image.shape[2:], torch.eye(4, dtype=torch.float64)
         images, labels = [image[0]], [label[0]]
-        for number, found in enumerate(self._found(clean), 1):
+        for number, found in enumerate(self._found(clean, keep), 1):
             if found is None:
                 images.append(image[number])
                 labels.append(label[number])
@@ -58,19 +59,20 @@ class AlignedMembers:
             labels.append((warped[1:] if generation else warped[1:] > MASK_THRESHOLD).to(label.dtype))
         return torch.stack(images), torch.stack(labels)
 
-    def _found(self, clean: Sequence[Tensor]) -> list[Alignment | None]:
+    def _found(self, clean: Sequence[Tensor], keep: bool) -> list[Alignment | None]:
         """How each member but the first lies on that; None where it does not align."""
         target, *others = (image.as_subclass(Tensor).float() for image in clean)
         digests = [hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest() for image in (target, *others)]
         paths = [self.folder / f"{digests[0][:32]}-{digest[:32]}.pt" for digest in digests[1:]]
-        known = [_read(path) for path in paths]
+        known = [_read(path) if keep else None for path in paths]
         # a constant image shows nothing to register by
         new = [k for k, one in enumerate(known) if one is None and _varies(target) and _varies(others[k])]
         if new:
             found = align(_placed(target), [_placed(others[k]) for k in new])
             for row, k in enumerate(new):
                 known[k] = _kept(found, row)
-                write_atomically(paths[k], lambda temporary, one=known[k]: torch.save(one, temporary))
+                if keep:
+                    write_atomically(paths[k], lambda temporary, one=known[k]: torch.save(one, temporary))
         return [_alignment(one) if one is not None and one["aligned"] else None for one in known]
 
 

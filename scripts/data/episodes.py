@@ -68,7 +68,8 @@ class EpisodeDataset(Dataset):
     - ``ignores`` (bool): there are such voxels;
     - ``generation`` (bool), ``loss_weight``, ``unpaired`` (bool: contexts take each other's labels), ``gin`` (seed of
       the intensity augmentation that the engine applies, -1 for none);
-    - ``targets``: how many of the members, from the first on, may be the target: all, or of aligned groups one;
+    - ``targets``: how many of the members, from the first on, may be the target: all, or of cases brought to the first
+      one it alone;
     - ``dataset``, ``task``, ``classes`` and ``cases``: names.
 
     The members are different cases of one dataset; in label tasks they hold at least one of the classes.
@@ -89,8 +90,8 @@ class EpisodeDataset(Dataset):
             from equally, for segmentation.
         cohorts: where groups of synthetic rows come from: each is a cohort of its own.
         augmentation: applied to training groups; None for none.
-        alignment: brings the members of groups from real datasets to their first one, which then alone is the target;
-            None leaves them as they are.
+        alignment: brings the members of a group to its first one, which of real cases then alone is the target; None
+            leaves them as they are.
         unpair_fraction: in this last fraction of the training, contexts of segmentation groups are presented with
             each other's labels ("When to Unpair", arXiv 2610.10335).
         epochs: length of the training, for ``unpair_fraction``.
@@ -353,11 +354,13 @@ class EpisodeDataset(Dataset):
         ]
         image, label = (_stack(tensors) for tensors in zip(*pairs, strict=True))
         ignored = _ignored(sources, group.setting.get("ignored", ()))
-        gin, aligned = NO_GIN, self.alignment is not None and "cohort" not in group.members[0]
-        if aligned:
+        gin, targets = NO_GIN, len(group.members)
+        if self.alignment is not None:
+            recurs = "cohort" not in group.members[0]
             known = label if ignored is None else torch.cat((label, ignored), 1)
-            image, known = self.alignment([clean for clean, _ in sources], image, known, task.generation)
+            image, known = self.alignment([clean for clean, _ in sources], image, known, task.generation, recurs)
             label, ignored = known[:, :1], None if ignored is None else known[:, 1:] > 0
+            targets = 1 if recurs else targets  # what is drawn once is made the most of
         if augment and self.augmentation is not None:
             drawn = [self.seed, 5, number]
             if ignored is not None:
@@ -374,7 +377,7 @@ class EpisodeDataset(Dataset):
             "loss_weight": torch.tensor(group.row.loss_weight, dtype=torch.float32),
             "unpaired": late and not task.generation,
             "gin": gin,
-            "targets": 1 if aligned else len(group.members),
+            "targets": targets,
             "dataset": group.members[0]["dataset"],
             "task": group.task,
             "classes": group.classes,

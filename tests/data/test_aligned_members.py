@@ -43,3 +43,10 @@ def test_what_does_not_align_stays_and_what_is_damaged_is_found_anew(members, tm
     (kept,) = (tmp_path / "aligned").iterdir()
     kept.write_bytes(b"damaged")
     assert torch.equal(aligned(list(flat), flat, labels, generation=False)[0], image)
+
+
+def test_members_that_are_never_drawn_again_leave_nothing_behind(members, tmp_path):
+    images, labels = members
+    image, label = AlignedMembers(tmp_path)(list(images), images, labels, generation=False, keep=False)
+    assert overlap(label[0], label[1]) > 0.8 and not torch.equal(image[1], images[1])
+    assert not list(tmp_path.iterdir())

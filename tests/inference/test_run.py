@@ -338,7 +338,7 @@ def torchrun(contexts, scans, weights, out, **popen):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     return subprocess.Popen(
         [*command, "monai.bundle", "run", "--config_file", "configs/inference.json", *flags],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

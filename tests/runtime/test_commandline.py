@@ -1,7 +1,6 @@
 """Option values, misspelt overrides, help, one-line errors; a few through a real command line."""
 
 import logging
-import os
 import subprocess
 import sys
 
@@ -21,7 +20,6 @@ def run(*arguments):
         text=True,
         timeout=300,
         check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 

@@ -47,6 +47,7 @@ class Anatomy:
         tissues: how many tissue numbers there are.
         alike: pairs (tissue, other): a tissue that has the contrast of another, as a part of it has.
         kinds: tissue number -> name of a kind (such as "grey"), where it is known.
+        t1_means: tissue number -> mean in T1-weighted scans, 0 to 1, where it is known.
     """
 
     maps: Sequence[Tensor]
@@ -56,6 +57,7 @@ class Anatomy:
     tissues: int
     alike: tuple[tuple[int, int], ...] = ()
     kinds: tuple[tuple[int, str], ...] = ()
+    t1_means: tuple[tuple[int, float], ...] = ()
 
 
 def draw_anatomy(draws: Draws, size: Sequence[int], num_labels: int) -> Anatomy:

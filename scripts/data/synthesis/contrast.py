@@ -26,6 +26,9 @@ _SUBJECT_MEAN = 0.03  # how far a subject's means may lie from the cohort's, eit
 _ALIKE_SPREAD = 0.04  # standard deviation of means within a group of tissues that look alike
 _GROUPED_PROB = 0.5
 _KINDS_PROB = 0.6  # where tissue kinds are known: groups are the kinds
+_REAL_PROB = 0.4  # where the means in T1-weighted scans are known
+_T1_PROB = 0.6  # of these: T1; the others are T2-like or FLAIR-like, T1 turned round, and fluid bright or dark
+_REAL_SPREAD = 0.06  # standard deviation of a tissue's mean over scanners, in SynthSeg's priors
 _COARSE_PROB, _GHOST_PROB = 0.3, 0.08
 
 
@@ -81,8 +84,11 @@ def draw_contrast(draws: Draws, anatomy: Anatomy, size: Sequence[int], tissues: 
 def _draw_means(draws: Draws, anatomy: Anatomy, tissues: int) -> Tensor:
     kinds = dict(anatomy.kinds)
     means = draws.uniform(0, 1, tissues)
-    grouped = draws.chance(_GROUPED_PROB)
-    if grouped and kinds and draws.chance(_KINDS_PROB):
+    real = anatomy.t1_means and draws.chance(_REAL_PROB)
+    grouped = not real and draws.chance(_GROUPED_PROB)
+    if real:
+        _set_real_means(draws, anatomy, means)
+    elif grouped and kinds and draws.chance(_KINDS_PROB):
         names = sorted(set(kinds.values()))
         levels = _levels(draws, len(names))
         for tissue, kind in kinds.items():
@@ -104,6 +110,16 @@ def _draw_means(draws: Draws, anatomy: Anatomy, tissues: int) -> Tensor:
     for part, whole in anatomy.alike:
         means[part] = means[whole]
     return means.clamp(0, 1)
+
+
+def _set_real_means(draws: Draws, anatomy: Anatomy, means: Tensor) -> None:
+    """Means as T1-weighted scans have them, or roughly as T2-weighted ones or FLAIR."""
+    tissues, t1 = zip(*anatomy.t1_means, strict=True)
+    found, where = torch.tensor(t1), torch.tensor(tissues)
+    if not draws.chance(_T1_PROB):
+        fluid = torch.tensor([dict(anatomy.kinds).get(tissue) == "fluid" for tissue in tissues])
+        found = torch.where(fluid, draws.number(0.85, 1.0) if draws.chance(0.5) else 0.1, 0.9 - found)
+    means[where] = found + _REAL_SPREAD * draws.normal(len(where))
 
 
 def _levels(draws: Draws, count: int) -> Tensor:

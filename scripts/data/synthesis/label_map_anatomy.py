@@ -29,6 +29,30 @@ TISSUE_KINDS = {
 }
 """Values of FreeSurfer's table that look alike in most scans; other maps do without."""
 
+T1_MEANS = (
+    (0.17, (4, 5, 14, 15, 24, 43, 44)),
+    (0.63, (2, 41, 85)),
+    (0.38, (3, 11, 17, 18, 26, 42, 50, 53, 54, 58)),
+    (0.53, (7, 46)),
+    (0.35, (8, 47)),
+    (0.51, (10, 16, 49)),
+    (0.49, (12, 51)),
+    (0.60, (13, 52)),
+    (0.56, (28, 60)),
+    (0.34, (30, 62)),
+    (0.50, (502,)),
+    (0.07, (506,)),
+    (0.37, (507, 516)),
+    (0.46, (508,)),
+    (0.27, (509, 512)),
+    (0.45, (511,)),
+    (0.19, (514,)),
+    (0.12, (515,)),
+    (0.57, (530,)),
+)
+"""Mean intensities in T1-weighted scans, as parts of 255, of FreeSurfer's values and those of SynthSeg's maps (from
+500 on what is around the brain): ``prior_means_t1`` of SynthSeg (Billot et al. 2023)."""
+
 _WHOLE = 0.15  # share of the cohorts that show all there is
 _FIELD_MM = (32.0, 110.0)  # longest side of a crop
 _ANCHOR_VOXELS = 300  # a label that crops are centred on has as many at least
@@ -76,6 +100,7 @@ class LabelMaps:
         self.subjects = [self._subject(*map_) for map_ in maps]
         numbers = {int(value): number for number, value in enumerate(self.values)}
         self.kinds = tuple((numbers[v], kind) for kind, values in TISSUE_KINDS.items() for v in values if v in numbers)
+        self.t1_means = tuple((numbers[v], mean) for mean, values in T1_MEANS for v in values if v in numbers)
 
     def _subject(self, values: np.ndarray, spacing_mm: np.ndarray) -> _Subject:
         tissues = np.searchsorted(self.values, values).astype(np.uint8)
@@ -123,7 +148,7 @@ class LabelMaps:
                 break
         else:
             raise NoRoomError(f"no place of these label maps shows {num_labels} labels")
-        return _anatomy(views, labels, tissues, alike, self.kinds, draws.device)
+        return self._anatomy(views, labels, tissues, alike, draws.device)
 
     def of(self, people: Sequence[str], structures: Sequence[Sequence[int]], size: Sequence[int]) -> Anatomy:
         """The anatomy of named people, in a view that has all of some structures in each of them.
@@ -160,7 +185,7 @@ class LabelMaps:
             _View(person, box.float().mean(1), field_mm / 2 / person.spacing_mm, extent)
             for person, box in zip(chosen, boxes, strict=True)
         ]
-        return _anatomy(views, labels, len(self.values), (), self.kinds)
+        return self._anatomy(views, labels, len(self.values), ())
 
     def _place(self, draws: Draws, chosen: Sequence[_Subject]) -> tuple[float, list[Tensor]]:
         """Length of the grid's longest side in mm, and the voxel of each person that its middle shows."""
@@ -176,6 +201,18 @@ class LabelMaps:
         place = torch.tensor(np.unravel_index(places[draws.integer(0, len(places) - 1)], chosen[0].tissues.shape))
         offset_mm = (place - chosen[0].centroids[anchor]) * chosen[0].spacing_mm
         return field_mm, [p.centroids[anchor] + offset_mm / p.spacing_mm for p in chosen]
+
+    def _anatomy(
+        self,
+        views: Sequence[_View],
+        labels: tuple[tuple[int, ...], ...],
+        tissues: int,
+        alike: tuple[tuple[int, int], ...],
+        device: torch.device | str = "cpu",
+    ) -> Anatomy:
+        maps, centres = [view.map.to(device) for view in views], [view.centre for view in views]
+        per_unit = [view.voxels_per_unit for view in views]
+        return Anatomy(maps, centres, per_unit, labels, tissues, alike, self.kinds, self.t1_means)
 
     def _labels(
         self, draws: Draws, views: Sequence[_View], found: list[int], num_labels: int
@@ -219,18 +256,6 @@ class _View:
         counts = self.map[self.shown].flatten().bincount(minlength=len(person.counts))
         self.shares = counts / (2 * half).prod()  # of the shown voxels, that each tissue has
         self.inside = counts / person.counts.clamp(min=1)  # of each tissue, that is shown
-
-
-def _anatomy(
-    views: Sequence[_View],
-    labels: tuple[tuple[int, ...], ...],
-    tissues: int,
-    alike: tuple[tuple[int, int], ...],
-    kinds: tuple[tuple[int, str], ...],
-    device: torch.device | str = "cpu",
-) -> Anatomy:
-    maps, centres = [view.map.to(device) for view in views], [view.centre for view in views]
-    return Anatomy(maps, centres, [view.voxels_per_unit for view in views], labels, tissues, alike, kinds)
 
 
 def map_names(folder: str | os.PathLike) -> tuple[str, ...]:

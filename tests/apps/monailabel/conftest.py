@@ -32,15 +32,6 @@ def save_random_weights(path, seed=0):
     return path
 
 
-@pytest.fixture
-def one_thread():
-    """As the servers of these tests: with more, alignment adds up in another order, and voxels near a border change."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
     return save_random_weights(tmp_path_factory.mktemp("weights") / "model.pt")

@@ -32,7 +32,6 @@ class Server:
         environment = os.environ | {
             "PYTHONPATH": str(SHIM),
             "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
             "MONAI_LABEL_SESSION_PATH": str(Path(folder) / "sessions"),
         }
         with self.log.open("w") as log:

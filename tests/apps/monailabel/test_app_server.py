@@ -281,7 +281,7 @@ def test_monai_labels_own_client_gets_what_3d_slicer_asks_for(tmp_path, serve, m
     assert client.next_sample("least_confident", {})["id"] == studies.cases[0]
 
 
-def test_real_scans_get_the_answer_of_inference_json(tmp_path, serve, make_studies, weights, shared_dir, one_thread):
+def test_real_scans_get_the_answer_of_inference_json(tmp_path, serve, make_studies, weights, shared_dir):
     source = shared_dir / "data" / "Dataset004_Hippocampus"
     studies = make_studies(tmp_path, cases=1)
     (studies.folder / "case_00.nii.gz").unlink()

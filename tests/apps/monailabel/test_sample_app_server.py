@@ -15,7 +15,7 @@ from tests.apps.monailabel.server import MODEL, Server  # noqa: E402
 from tests.workflows import run_workflow  # noqa: E402
 
 
-def test_the_sample_app_runs_the_bundle_with_a_context_dir(tmp_path, make_dataset, make_studies, weights, one_thread):
+def test_the_sample_app_runs_the_bundle_with_a_context_dir(tmp_path, make_dataset, make_studies, weights):
     app = tmp_path / "monaibundle"
     shutil.copytree(Path(sys.prefix) / "monailabel" / "sample-apps" / "monaibundle", app)
     bundle = app / "model" / MODEL

@@ -10,6 +10,7 @@ import torch
 from scripts.data.synthesis import cohort as synthesis
 from scripts.data.synthesis import label_map_anatomy
 from scripts.data.synthesis.cohort import LESION, show_anatomy, synthesize_cohort
+from scripts.data.synthesis.contrast import draw_contrast
 from scripts.data.synthesis.label_map_anatomy import LabelMaps, map_names
 from scripts.data.synthesis.seeded_draws import Draws
 from scripts.synthesize import synthesize
@@ -139,3 +140,13 @@ def test_unknown_people_and_structures_are_named(maps):
         maps.of(["nobody"], [(10,)], (16, 16, 16))
     with pytest.raises(ValueError, match=r"subject1 has none of the label values \[99\]"):
         maps.of(["subject1"], [(10,), (99,)], (16, 16, 16))
+
+
+def test_some_cohorts_look_like_t1_weighted_scans_and_some_the_other_way_round(maps):
+    anatomy = maps.draw(Draws(0), (16, 16, 16), 2, 3)
+    tissues, t1 = (torch.tensor(column) for column in zip(*anatomy.t1_means, strict=True))
+    assert sorted(tissues.tolist()) == [1, 2, 3, 4]  # 500 is a tissue of no known mean
+    contrasts = [draw_contrast(Draws(seed), anatomy, (16, 16, 16), anatomy.tissues) for seed in range(100)]
+    alike = torch.stack([torch.corrcoef(torch.stack([one.means[tissues], t1]))[0, 1] for one in contrasts])
+    assert (alike > 0.8).sum() > 25 and (alike < -0.8).sum() > 10
+    assert (alike.abs() < 0.8).sum() > 25, "most contrasts are still made up"

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint configs bench clean image image-test label-test deploy-test pacs-test wheel-test lock schema
+.PHONY: demo test lint configs docs bench clean image image-test label-test deploy-test pacs-test wheel-test lock schema
 
 demo: $(VENV)/.ready
 	$(RUN) -m scripts.demo --output_dir demo_output --overwrite true
@@ -20,6 +20,10 @@ lint: $(VENV)/.ready-dev
 # Stage 2's configuration from stage 1's and configs/stage2_changes.json; docs/training.md.
 configs: $(VENV)/.ready
 	$(RUN) -m scripts.runtime.stage_config
+
+# The page of all options, docs/options.md.
+docs: $(VENV)/.ready
+	$(RUN) -m scripts.apps.command.option_tables
 
 # Speed and memory, about 40 minutes on two cores that do nothing else; BENCH="--quick true" only shows that it runs,
 # BENCH="--record true" keeps the figures.

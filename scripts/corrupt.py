@@ -55,7 +55,7 @@ def corrupt(
         channel: image channel of an nnU-Net dataset.
         seed: the same seed gives the same data.
         rescale: clip clean images to their 0.5 and 99.5 percentiles and scale them to [0, 1], for scans whose raw
-            intensities are not on one scale: predictions have the mean range of the contexts.
+            intensities are not on one scale (predictions have the mean range of the contexts).
         skip_bad_cases: go on without faulty images instead of stopping.
         overwrite: replace a dataset that this program made.
     """

@@ -8,22 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from scripts.apps.bids.__main__ import parser as bids_parser
+from scripts.apps.command import option_tables
 from scripts.corrupt import corrupt
 from scripts.data import GroupAugmentation
 from scripts.data.rows import Row
 from scripts.data.tasks import TASKS
 from scripts.prepare_data import prepare_data
 from scripts.preview import preview
-from scripts.runtime.options import OPTIONS
+from scripts.runtime.options import OPTIONS, default_text
 
-PAGES = (Path("README.md"), *sorted(Path("docs").glob("*.md")))
-PAGE_OF = {
-    "train_stage1": "training",
-    "train_stage2": "training",
-    "inference": "inference",
-    "tune": "tuning",
-    "evaluate": "inference",
-}
+PAGES = (Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md")))
 CODE = re.compile(r"```.*?```", re.DOTALL)
 
 
@@ -44,55 +39,51 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize(
-    ("config", "header"),
-    [
-        ("train_stage1", "| option | stage 1 | stage 2 |"),
-        ("train_stage2", "| option | stage 1 | stage 2 |"),
-        ("inference", "| option | default | meaning |\n|---|---|---|\n| `dataset_dir` | – | targets |"),
-        ("tune", "| option | default | meaning |"),
-        ("evaluate", "| option | default | meaning |\n|---|---|---|\n| `prediction_dir`"),
-    ],
-)
-def test_every_option_of_a_workflow_has_a_row_and_every_row_an_option(config, header):
-    content = json.loads(Path(f"configs/{config}.json").read_text(encoding="utf-8"))
-    assert rows_of(read(PAGE_OF[config]), header) == set(content) & set(OPTIONS)
+def test_the_page_of_options_is_what_make_docs_writes():
+    assert read("options") == option_tables.page()
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_the_defaults_in_the_training_table_are_those_of_the_configurations(stage):
-    content = json.loads(Path(f"configs/train_stage{stage}.json").read_text(encoding="utf-8"))
-    text = read("training")
-    wrong, compared = [], 0
-    for line in text[text.index("| option | stage 1 | stage 2 |") :].split("\n\n")[0].splitlines()[2:]:
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        for name in re.findall(r"`(\w+)`", cells[0]):
-            value = content[name]
-            if isinstance(value, (int, float, list)):  # words stand for what is worked out or left open
-                compared += 1
-                said = json.loads(cells[stage].strip("`"))
-                wrong += [(name, said, value)] if said != value else []
-    assert compared > 40 and not wrong
+def test_the_page_of_options_has_every_option_of_every_workflow_and_tool():
+    text = read("options")
+    for name in ("inference", "tune", "evaluate", "train_stage1"):
+        content = json.loads(Path(f"configs/{name}.json").read_text(encoding="utf-8"))
+        section = text[text.index(f"`configs/{name}.json`") :].partition("\n## ")[0]
+        named = rows_of(section, "| option |") | set(re.findall(r"`(\w+)`", section.partition("\nAs with ")[2]))
+        assert named == set(content) & set(OPTIONS) - {"help", "debug"}
+    for tool in (prepare_data, corrupt, preview):
+        section = text[text.index(f"`python -m scripts.{tool.__name__}`") :]
+        assert rows_of(section, "| option |") == set(inspect.signature(tool).parameters)
 
 
-def test_the_augmentation_table_is_complete_and_true():
-    table = read("training").split("| option | probability | change |")[1].split("\n\n")[0]
-    said = {name: float(value) for name, value in re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", table, re.MULTILINE)}
-    assert said == {name: p.default for name, p in inspect.signature(GroupAugmentation).parameters.items()}
+def test_a_default_is_said_as_a_user_would_type_it():
+    said = {
+        ("output_dir", "$@bundle_root + '/eval'"): "eval",
+        ("cache_dir", "$@output_dir + '/cache'"): "OUT/cache",
+        ("labels", None): "all there are",
+        ("device", "$local_device()"): "GPU, else CPU",
+        ("context_size", 8): "8",
+        ("augment", True): "true",
+        ("amp", "auto"): "auto",
+    }
+    assert {key: default_text(*key) for key in said} == said
+
+
+def test_the_bids_app_s_options_are_on_its_page():
+    rows = read("bids").split("| option | default | meaning |")[1].split("\n\n")[0]
+    named = set(re.findall(r"`--(\w+)`", rows)) - {"help", "version"}
+    assert named == set(re.findall(r"--(\w+)", bids_parser().format_usage()))
+
+
+def test_the_augmentation_s_defaults_on_the_page_are_its_own():
+    content = json.loads(Path("configs/train_stage1.json").read_text(encoding="utf-8"))
+    defaults = {name: p.default for name, p in inspect.signature(GroupAugmentation).parameters.items()}
+    assert {name: content[name] for name in defaults} == defaults and set(defaults) <= set(OPTIONS)
 
 
 def test_every_task_and_every_key_of_a_row_is_explained():
     text = read("training")
     assert rows_of(text, "| task | input | wanted output |") == set(TASKS)
     assert rows_of(text, "| key | default | meaning |") == {field.name for field in fields(Row)}
-
-
-def test_command_line_tools_are_explained():
-    assert rows_of(read("inference"), "| option of `scripts.corrupt` |") == set(inspect.signature(corrupt).parameters)
-    previewed = rows_of(read("training"), "| option of `scripts.preview` |")
-    assert previewed == set(inspect.signature(preview).parameters)
-    options = read("data").split("## Options")[1]
-    assert rows_of(options, "| option | default | meaning |") == set(inspect.signature(prepare_data).parameters)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)

@@ -15,6 +15,7 @@ from monai.bundle import ConfigWorkflow
 
 from scripts.checkpoint import load_network
 from scripts.data.synthesis.cohort_writer import write_cohorts
+from scripts.runtime.processes import join_processes
 from tests.workflows import SMALL, run_workflow
 
 OPTIONS = SMALL | {"groups_per_epoch": 4, "val_groups": 3, "image_interval": 0}
@@ -40,46 +41,56 @@ def start(*arguments, env=ENVIRONMENT, **options):
     )
 
 
-def command(output_dir, data, **options):
+def command(stage, output_dir, data, **options):
     """The documented command line."""
     values = {"dataset_dir": data, "output_dir": output_dir} | OPTIONS | options
-    flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
-    configs = "['configs/train_stage1.json','configs/multi_gpu_train.json']"
+    flags = [text for name, value in values.items() if value is not None for text in (f"--{name}", str(value))]
+    configs = f"['configs/train_{stage}.json','configs/multi_gpu_train.json']"
     return ["-m", "monai.bundle", "run", "--config_file", configs, *flags]
 
 
+STAGE2 = {"channels": None, "context_size": [1, 4]}
+
+
+def stage2(folder, data, **environment):
+    """Output and return code of the second stage on two ranks, and what each of them saw."""
+    options = {name: value for name, value in (OPTIONS | STAGE2).items() if value is not None}
+    options |= {"dataset_dir": str(data), "output_dir": str(folder)}
+    process = start("tests/training_process.py", str(folder), json.dumps(options), env=ENVIRONMENT | environment)
+    output, _ = process.communicate(timeout=300)
+    return output, process.returncode, [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+
+
 @pytest.fixture(scope="module")
-def reports(data, tmp_path_factory):
-    """Stage -> what each of the two ranks saw, and the folder of the run."""
-    folder, found = tmp_path_factory.mktemp("run"), {}
-    for stage in ("stage1", "stage2"):
-        options = OPTIONS | {"dataset_dir": str(data), "output_dir": str(folder)}
-        if stage == "stage2":
-            del options["channels"]
-            options["context_size"] = [1, 4]
-        process = start("tests/training_process.py", str(folder), stage, json.dumps(options))
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-        found[stage] = [json.loads((folder / f"{stage}_{rank}.json").read_text()) for rank in (0, 1)]
+def first_stage(data, tmp_path_factory):
+    """Folder of a first stage, trained by one process."""
+    folder = tmp_path_factory.mktemp("first")
+    run_workflow("train_stage1", dataset_dir=str(data), output_dir=str(folder), **OPTIONS | {"epochs": 1})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reports(first_stage, data, tmp_path_factory):
+    """What each of the two ranks saw in the second stage, and the folder of the run."""
+    folder = shutil.copytree(first_stage, tmp_path_factory.mktemp("run") / "out")
+    output, status, found = stage2(folder, data)
+    assert status == 0, output
     return found, folder
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_ranks_hold_the_same_weights_at_every_step(reports, stage):
-    for report in reports[0][stage]:
+def test_ranks_hold_the_same_weights_at_every_step(reports):
+    for report in reports[0]:
         assert report["steps"] == sum(len(cases.split()) for cases in report["cases"]), "a step for every member"
         assert report["weights_differ"] == 0
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_ranks_train_on_different_groups(reports, stage):
-    first, second = (report["cases"] for report in reports[0][stage])
+def test_ranks_train_on_different_groups(reports):
+    first, second = (report["cases"] for report in reports[0])
     assert len(first) == len(second) == 4 and all(a != b for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_metrics_are_those_of_all_ranks(reports, stage):
-    first, second = reports[0][stage]
+def test_metrics_are_those_of_all_ranks(reports):
+    first, second = reports[0]
     assert first["metrics"] == second["metrics"]
     for epoch, metrics in enumerate(first["metrics"]):
         losses = [loss for report in (first, second) for loss in report["losses"][2 * epoch : 2 * epoch + 2]]
@@ -87,8 +98,8 @@ def test_metrics_are_those_of_all_ranks(reports, stage):
 
 
 def test_validation_is_that_of_one_process(reports, data, tmp_path):
-    folder = reports[1] / "stage1"
-    best = min(metrics["val_loss"] for metrics in reports[0]["stage1"][0]["metrics"])
+    folder = reports[1] / "stage2"
+    best = min(metrics["val_loss"] for metrics in reports[0][0]["metrics"])
     options = OPTIONS | {"channels": None, "epochs": 1, "groups_per_epoch": 1, "learning_rate": 0.0}
     workflow = run_workflow(
         "train_stage1",
@@ -103,16 +114,15 @@ def test_validation_is_that_of_one_process(reports, data, tmp_path):
 
 
 def test_one_rank_writes_and_its_weights_have_plain_names(reports):
-    for stage in ("stage1", "stage2"):
-        folder = reports[1] / stage
-        assert load_network(folder / "model.pt").channels == (4, 8)
-        assert len(list((folder / "tensorboard").glob("events*"))) == 1
-        assert len((folder / "metrics.csv").read_text().splitlines()) == 1 + 2
+    folder = reports[1] / "stage2"
+    assert load_network(folder / "model.pt").channels == (4, 8)
+    assert len(list((folder / "tensorboard").glob("events*"))) == 1
+    assert len((folder / "metrics.csv").read_text().splitlines()) == 1 + 2
 
 
 def test_killing_one_rank_ends_the_other_and_the_run_can_be_resumed(data, tmp_path):
     run = tmp_path / "stage1"
-    process = start(*command(tmp_path, data, epochs=500), start_new_session=True)
+    process = start(*command("stage1", tmp_path, data, epochs=500), start_new_session=True)
     try:
         deadline = time.monotonic() + 120
         while not (run / "last.pt").is_file():
@@ -130,13 +140,8 @@ def test_killing_one_rank_ends_the_other_and_the_run_can_be_resumed(data, tmp_pa
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     epochs = torch.load(run / "last.pt", weights_only=True)["trainer"]["iteration"] // 2
-    process = start(*command(tmp_path, data, epochs=epochs + 1, resume="true"))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert len((run / "metrics.csv").read_text().splitlines()) == 1 + epochs + 1
-
-    # and on one process: an epoch has all its groups there
-    options = OPTIONS | {"dataset_dir": str(data), "output_dir": str(tmp_path), "epochs": epochs + 2, "resume": True}
+    # on one process: an epoch has all its groups there
+    options = OPTIONS | {"dataset_dir": str(data), "output_dir": str(tmp_path), "epochs": epochs + 1, "resume": True}
     workflow = ConfigWorkflow("configs/train_stage1.json", workflow_type="train", **options)
     workflow.initialize()
     groups = []
@@ -144,46 +149,36 @@ def test_killing_one_rank_ends_the_other_and_the_run_can_be_resumed(data, tmp_pa
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: groups.append(engine.state.epoch))
     workflow.run()
     workflow.finalize()
-    assert groups == [epochs + 2] * OPTIONS["groups_per_epoch"]
+    assert groups == [epochs + 1] * OPTIONS["groups_per_epoch"]
+    assert len((run / "metrics.csv").read_text().splitlines()) == 1 + epochs + 1
 
 
-def test_the_overlay_without_torchrun_says_what_is_missing(data, tmp_path):
-    environment = {k: v for k, v in ENVIRONMENT.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, *command(tmp_path, data)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1 and "error: multi_gpu_train.json needs torchrun" in done.stderr
+def test_what_cannot_join_is_told_why(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="multi_gpu_train.json needs torchrun"):
+        join_processes("cpu", 3)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="--val_groups 1 is less than one for each of 2 processes"):
+        join_processes("cpu", 1)
 
 
-def test_fewer_validation_groups_than_processes(data, tmp_path):
-    process = start(*command(tmp_path, data, val_groups=1))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0 and "error: --val_groups 1 is less than one for each of 2 processes" in output
-
-
-def test_sigterm_to_one_rank_stops_all_at_the_same_step(reports, data, tmp_path):
-    options = OPTIONS | {"dataset_dir": str(data), "output_dir": str(tmp_path)}
-    process = start(
-        "tests/training_process.py",
-        str(tmp_path),
-        "stage1",
-        json.dumps(options),
-        env=ENVIRONMENT | {"STOPPED_RANK": "1"},
-    )
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0 and "in epoch 2 after 1 of 2 steps" in output, output
-    seen = [json.loads((tmp_path / f"stage1_{rank}.json").read_text()) for rank in (0, 1)]
+def test_sigterm_to_one_rank_stops_all_at_the_same_step(reports, first_stage, data, tmp_path):
+    folder = shutil.copytree(first_stage, tmp_path / "out")
+    output, status, seen = stage2(folder, data, STOPPED_RANK="1")
+    assert status != 0 and "in epoch 2 after 1 of 2 steps" in output, output
     assert len(seen[0]["cases"]) == len(seen[1]["cases"]) == 3
-    shutil.copytree(tmp_path / "stage1", tmp_path / "alone" / "stage1")
+    alone = shutil.copytree(folder, tmp_path / "alone")
 
-    resumed = start(*command(tmp_path, data, resume="true"))
+    resumed = start(*command("stage2", folder, data, resume="true", **STAGE2))
     output, _ = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, output
-    ended, uninterrupted = (load_network(f / "stage1" / "last.pt").state_dict() for f in (tmp_path, reports[1]))
+    ended, uninterrupted = (load_network(f / "stage2" / "last.pt").state_dict() for f in (folder, reports[1]))
     assert all(torch.equal(ended[name], uninterrupted[name]) for name in ended)
-    rows = [(f / "stage1" / "metrics.csv").read_text().splitlines()[-1].split(",") for f in (tmp_path, reports[1])]
+    rows = [(f / "stage2" / "metrics.csv").read_text().splitlines()[-1].split(",") for f in (folder, reports[1])]
     assert rows[0][:-1] == rows[1][:-1], "metrics of the whole epoch; the seconds are its last column"
 
-    workflow = run_workflow("train_stage1", **options | {"output_dir": str(tmp_path / "alone")}, resume=True)
+    options = {name: value for name, value in (OPTIONS | STAGE2).items() if value is not None}
+    workflow = run_workflow("train_stage2", dataset_dir=str(data), output_dir=str(alone), resume=True, **options)
     trainer = workflow.parser.get_parsed_content("train#trainer")
     assert trainer.state.iteration == 8 and trainer.state.epoch == 2, "two groups of four were done"

@@ -1,7 +1,7 @@
 """One of several training processes, started by torchrun from ``test_multi_process.py``.
 
-Runs a stage through its configuration and notes, as JSON, what every step looked like from this rank:
-``python -m torch.distributed.run ... tests/training_process.py REPORT_DIR STAGE OPTIONS_AS_JSON``. The rank that the
+Runs the second stage through its configuration and notes, as JSON, what every step looked like from this rank:
+``python -m torch.distributed.run ... tests/training_process.py REPORT_DIR OPTIONS_AS_JSON``. The rank that the
 environment variable ``STOPPED_RANK`` names gets SIGTERM in the third step.
 """
 
@@ -22,9 +22,9 @@ from monai.engines.utils import IterationEvents
 
 def main() -> None:
     """Train, and write the report."""
-    report_dir, stage, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    report_dir, options = sys.argv[1], json.loads(sys.argv[2])
     workflow = ConfigWorkflow(
-        [f"configs/train_{stage}.json", "configs/multi_gpu_train.json"], workflow_type="train", **options
+        ["configs/train_stage2.json", "configs/multi_gpu_train.json"], workflow_type="train", **options
     )
     workflow.initialize()
     trainer = workflow.parser.get_parsed_content("train#trainer")
@@ -53,7 +53,7 @@ def main() -> None:
     if os.environ.get("STOPPED_RANK") == os.environ["RANK"]:
         trainer.add_event_handler(Events.ITERATION_STARTED(once=3), lambda engine: signal.raise_signal(signal.SIGTERM))
     workflow.run()
-    Path(report_dir, f"{stage}_{os.environ['RANK']}.json").write_text(json.dumps(report))
+    Path(report_dir, f"rank_{os.environ['RANK']}.json").write_text(json.dumps(report))
     workflow.finalize()
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
-from scripts.runtime.options import OPTIONS, flag, normalise
+from scripts.runtime.options import OPTIONS, default_text, flag, normalise
 from scripts.runtime.termination import exit_on_sigterm
 
 _RUN_ARGUMENTS = set(inspect.signature(__import__("monai.bundle.scripts", fromlist=["run"]).run).parameters) - {
@@ -170,7 +170,8 @@ def print_help(config: Mapping[str, Any]) -> None:
     for name in config:
         if name in OPTIONS and name not in ("help", "debug"):
             option = OPTIONS[name]
-            print(f"  --{name} {option.kind.upper()}   default: {config[name]}\n        {option.meaning}")
+            print(f"  --{name} {option.kind.upper()}   default: {default_text(name, config[name])}")
+            print(f"        {option.meaning}")
     print("\n  --help true    this list\n  --debug true   full tracebacks")
     print("Any other id of the file can be overridden as --id#part VALUE.")
 

@@ -7,6 +7,7 @@ and ``32,48,32`` as a tuple) are brought to their type by it.
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,28 +17,38 @@ AUTO = "auto"
 
 
 class Option(NamedTuple):
-    """One option: how its value is read, and what it means."""
+    """One option: how its value is read, what it means, and what is taken where a configuration leaves it open."""
 
     kind: str
     meaning: str
+    left_open: str = "None"
 
 
 OPTIONS: dict[str, Option] = {
     # data
-    "dataset_dir": Option("path", "nnU-Net dataset folder, or a folder of Dataset* folders; inference: the targets"),
+    "dataset_dir": Option(
+        "path",
+        "nnU-Net dataset folder, or a folder of Dataset* folders (training without it: synthetic cohorts); "
+        "inference: the targets",
+    ),
     "output_dir": Option("path", "where results go; training writes OUT/stage1 and OUT/stage2"),
     "cache_dir": Option("path", "preprocessed cases and the integrity record; safe to delete"),
-    "datasets": Option("names", "use only these datasets of dataset_dir, by folder name or its Dataset001 part"),
+    "datasets": Option("names", "datasets to use, by folder name or its Dataset001 part", "all"),
     "collection_file": Option("path", "JSON file of rows: dataset, channels, task, classes, weights"),
-    "channel": Option("int", "input channel (modality), the number in CASE_0000; training: None uses every channel"),
+    "channel": Option("int", "input channel (modality), the number in CASE_0000", "every channel"),
     "sample_rate": Option("float", "fraction of each dataset's training subjects that is used"),
     "val_fraction": Option("float", "fraction of the subjects held out for validation (model selection)"),
     "test_fraction": Option("float", "fraction of the subjects kept out of training and validation altogether"),
-    "split_file": Option("path", "a splits.json of an earlier run, or nnU-Net's splits_final.json, to split by"),
+    "split_file": Option(
+        "path",
+        "splits.json of an earlier run, or nnU-Net's splits_final.json, to split by; stage 2 takes stage 1's if it is "
+        "there",
+    ),
     "fold": Option("int", "with nnU-Net's splits_final.json as split_file: which fold, from 0"),
     "subject_pattern": Option(
         "pattern",
-        "regular expression for the subject in case names, whose scans stay in one part; default: BIDS's sub-LABEL",
+        "regular expression for the subject in case names, whose scans stay in one part",
+        "BIDS's sub-LABEL",
     ),
     "skip_bad_cases": Option("flag", "go on without faulty cases instead of stopping"),
     "label_maps": Option("path", "folder of label maps whose anatomies synthetic cohorts may have"),
@@ -45,21 +56,36 @@ OPTIONS: dict[str, Option] = {
     "label_map_share": Option("float", "share of the synthetic cohorts that comes from label_maps"),
     "cohort_spread": Option(
         "numbers",
-        "lowest and highest of how far a synthetic cohort's subjects are put apart, 0 to 1; default: mostly far",
+        "lowest and highest of how far a synthetic cohort's subjects are put apart, 0 to 1",
+        "mostly far",
     ),
     "num_workers": Option("int", "data loading processes; 0 loads in the main process"),
     # grid
     "spatial_size": Option(
-        "grid", "the network's grid in voxels, one number or three; None takes the checkpoint's, else 128"
+        "grid",
+        "the network's grid in voxels, one number or three (right, anterior, superior); inference: regions have up to "
+        "twice its voxels",
+        "that of the weights, else 128",
     ),
-    "spacing": Option("float", "isotropic voxel size of the grid in mm; None fits the largest case into the grid"),
+    "spacing": Option(
+        "float", "isotropic voxel size of the grid in mm, not of regions", "the largest case or context just fits"
+    ),
     # network
-    "channels": Option("ints", "width of each network stage; None takes the checkpoint's, else 32 to 512"),
-    "convs_per_block": Option("count", "convolutions per residual unit; None takes the checkpoint's, else 2"),
-    "mini_context_size": Option(
-        "count", "context pairs run at once: more take more memory, and predict the same; None (inference): what fits"
+    "channels": Option(
+        "ints",
+        "width of each network stage; what contradicts the weights is refused",
+        "those of the weights, else 32, 64, 128, 256, 512",
     ),
-    "cache_mb": Option("float", "memory in MB for encoded contexts; None takes a quarter of what is free, 0 none"),
+    "convs_per_block": Option("count", "convolutions per residual unit", "those of the weights, else 2"),
+    "mini_context_size": Option(
+        "count", "context pairs run at once: more take more memory, and predict the same", "what fits into free memory"
+    ),
+    "cache_mb": Option(
+        "float",
+        "memory in MB for what of the contexts serves all targets (crops; with align off their first encoding); "
+        "0 keeps none",
+        "a quarter of free memory",
+    ),
     "checkpoint": Option("path", "weights to use, in this bundle's format"),
     "init_checkpoint": Option("path", "weights to start from"),
     # training
@@ -68,44 +94,48 @@ OPTIONS: dict[str, Option] = {
     "val_groups": Option("count", "validation groups, the same at every validation"),
     "val_interval": Option("count", "epochs between validations"),
     "batch_size": Option("count", "groups per optimiser step"),
-    "context_size": Option("range", "context pairs: a number, or [low, high] drawn once per epoch"),
+    "context_size": Option("range", "context pairs: a number; training: also [low, high], drawn once per epoch"),
     "val_context_size": Option("count", "context pairs in validation"),
     "max_classes": Option("count", "at most this many random classes are merged into one foreground"),
-    "learning_rate": Option("float", "Adam's learning rate"),
+    "learning_rate": Option("float", "learning rate at the start"),
     "lr_patience": Option("int", "validations without gain before the learning rate is halved"),
     "grad_clip": Option("float", "gradient norm is clipped to this"),
-    "loss_weight": Option("float", "factor on the smooth L3-L1 loss"),
+    "loss_weight": Option("float", "factor on the smooth L3-L1 loss, besides that of a row"),
     "accumulation_steps": Option("count", "episodes whose gradients are added up before an optimiser step"),
-    "amp": Option("switch", "autocast to amp_dtype; auto: on GPUs and CPUs that are made for it, float32 elsewhere"),
+    "amp": Option("switch", "autocast to bfloat16; auto: on GPUs and CPUs that are made for it, float32 elsewhere"),
     "amp_dtype": Option("text", "bfloat16, or float16 with scaled gradients for GPUs without bfloat16"),
     "activation_checkpointing": Option("flag", "recompute activations in the backward pass: less memory, more time"),
     "compile": Option("flag", "compile the network's parts with torch.compile (needs a C++ compiler)"),
     "unpair_fraction": Option("float", "last fraction of the epochs in which contexts take each other's labels"),
-    "augment": Option("flag", "augment training groups; the _prob options say how often"),
-    "flip_prob": Option("float", "probability of a flip, for each axis"),
-    "rotate90_prob": Option("float", "probability of a rotation by 90 degrees, for each plane"),
-    "member_rotate90_prob": Option("float", "probability of independent 90 degree rotations of the members"),
-    "low_resolution_prob": Option("float", "probability of a loss of resolution along one axis"),
-    "shift_prob": Option("float", "probability of an intensity shift"),
-    "scale_prob": Option("float", "probability of an intensity scaling"),
-    "noise_prob": Option("float", "probability of Gaussian noise"),
-    "elastic_prob": Option("float", "probability of an elastic and affine deformation"),
-    "image_invert_prob": Option("float", "probability of inverted images"),
-    "label_invert_prob": Option("float", "probability of inverted labels (segmentation)"),
-    "sobel_prob": Option("float", "probability of the labels' edges as labels (segmentation)"),
-    "morphology_prob": Option("float", "probability of dilated or eroded labels (segmentation)"),
-    "gin_prob": Option("float", "probability of a random non-linear change of intensities"),
+    "augment": Option("flag", "change training groups at random; the _prob options are probabilities"),
+    "flip_prob": Option("float", "mirror, for each axis"),
+    "rotate90_prob": Option("float", "turn by 90, 180 or 270 degrees, for each plane with two equal sides"),
+    "member_rotate90_prob": Option("float", "turn so in one plane, each member on its own; meant for synthetic data"),
+    "low_resolution_prob": Option("float", "keep every 2nd, 3rd or 4th voxel of one axis, and interpolate between"),
+    "shift_prob": Option("float", "add or take up to 0.2 from the intensities; generation: of the output too"),
+    "scale_prob": Option("float", "intensities times 0.9 to 1.1; generation: of the output too"),
+    "noise_prob": Option(
+        "float",
+        "Gaussian noise on the image, up to 0.02; generation: up to 0.025, and with a half and a quarter of the "
+        "probability 0.05 and 0.075",
+    ),
+    "elastic_prob": Option("float", "rotate by up to 0.3 rad, scale by up to 20 % (generation: 10), deform smoothly"),
+    "image_invert_prob": Option("float", "invert images"),
+    "label_invert_prob": Option("float", "segmentation: background for foreground"),
+    "sobel_prob": Option("float", "segmentation: edges of the label for the label"),
+    "morphology_prob": Option("float", "segmentation: dilate or erode the label by a voxel"),
+    "gin_prob": Option("float", "see images through a random shallow network (GIN, arXiv 2111.12525)"),
     "early_stop": Option("flag", "stop when the validation loss no longer falls"),
     "early_stop_patience": Option("count", "validations without gain before stopping"),
-    "image_interval": Option("int", "epochs between TensorBoard pictures"),
+    "image_interval": Option("int", "epochs between TensorBoard pictures, 0 for none"),
     "wandb": Option("flag", "also log to Weights & Biases (needs the package wandb)"),
     "resume": Option("flag", "continue the run in the output folder"),
-    "overwrite": Option("flag", "replace results that are already there"),
-    "seed": Option("int", "seed of everything random"),
-    "device": Option("device", "cuda, cuda:1 or cpu"),
+    "overwrite": Option("flag", "replace results of this program that are already there, and nothing else"),
+    "seed": Option("int", "seed of everything random: split, groups, choice of contexts, bootstrap"),
+    "device": Option("device", "cuda, cuda:1 or cpu", "GPU, else CPU"),
     # tuning
     "minutes": Option("float", "tuning takes this long, alignment and decision included"),
-    "steps": Option("count", "optimiser steps of each fold of a tuning, in place of the time; None goes by the time"),
+    "steps": Option("count", "tuning: optimiser steps of each fold, whatever time they take"),
     "episode_size": Option("range", "tuning: context pairs of an episode, [low, high], as far as there are so many"),
     "flips": Option("flag", "tuning: mirror episodes; for structures without a side"),
     "tune": Option("float", "tune on the contexts for so many minutes first, once for a context set; 0 does not"),
@@ -117,22 +147,24 @@ OPTIONS: dict[str, Option] = {
         "paths", "with context_images: their labels (generation: wanted outputs), a folder or a list in that order"
     ),
     "context_file": Option("path", "instead of context_dir: JSON list of pairs, [{image, label}, ...]"),
-    "task": Option("words", "inference: segmentation or generation; training: only these tasks"),
-    "labels": Option("ints", "label values to segment; None takes all that the contexts have"),
+    "task": Option(
+        "words",
+        "inference: segmentation or generation; training: these tasks, of a collection file only these",
+        "segmentation, or all rows",
+    ),
+    "labels": Option("ints", "label values to segment or score", "all there are"),
     "context_label_channel": Option("int", "generation: the contexts' channel that is the wanted output"),
     "context_selection": Option("text", "which contexts if there are more than context_size: random, first or similar"),
-    "target_split": Option(
-        "text", "with split_file: which part of dataset_dir to run on; None: test, of nnU-Net's val"
-    ),
+    "target_split": Option("text", "with split_file: which part of dataset_dir to run on", "test, of nnU-Net's val"),
     "shard": Option("text", "run on one part of the targets only: 3/16 is the third of sixteen, for job arrays"),
     "self_test": Option("flag", "predict every context from the others first: what Dice to expect of targets"),
     "ensemble": Option("count", "predictions per target from random halves of the contexts, averaged; 1 is one of all"),
     "align": Option(
         "text",
-        "bring contexts to each target: off, affine or deformable; None: deformable, for generation off; "
-        "training: a flag",
+        "bring contexts to each target: off, affine or deformable; training: true or false",
+        "deformable; generation: off",
     ),
-    "refine": Option("flag", "of earlier versions: with align, regions are always looked at in fine voxels"),
+    "refine": Option("flag", "of earlier versions; does nothing"),
     "overlays": Option("flag", "write a picture per case"),
     "probabilities": Option("flag", "also write the scores, a float file per case and label"),
     "prediction_dir": Option("path", "predictions to score, one file per case"),
@@ -140,12 +172,29 @@ OPTIONS: dict[str, Option] = {
     "prediction_channel": Option("int", "of prediction_dir read only CASE_000k of this channel k, as in imagesTr"),
     "reference_channel": Option("int", "of reference_dir read only CASE_000k of this channel k, as in imagesTr"),
     "ignore_label": Option(
-        "int", "references' label that is not scored; null: dataset.json's \"ignore\", if there is one"
+        "int",
+        "label of the references whose voxels are not scored",
+        "ignore of the dataset.json beside the references or one folder up",
     ),
     # any
     "help": Option("flag", "list the options"),
     "debug": Option("flag", "full tracebacks"),
 }
+
+
+def default_text(name: str, value: Any) -> str:
+    """An option's default in a configuration, for people.
+
+    Args:
+        name: the option.
+        value: as the configuration has it: a value, None, or an expression.
+    """
+    place = re.fullmatch(r"\$@(bundle_root|output_dir) \+ '/([\w./]+)'", value) if isinstance(value, str) else None
+    if place:
+        return place[2] if place[1] == "bundle_root" else f"OUT/{place[2]}"
+    if value is None or (isinstance(value, str) and value.startswith("$")):
+        return OPTIONS[name].left_open
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def flag(value: Any) -> bool:

@@ -125,7 +125,7 @@ def test_the_record_has_where_a_figure_comes_from_and_no_path_of_this_machine(mo
     assert first["benchmark"] == "test_measure counting" and first["case"] == "0" and first["side"] == "ours"
     assert first["device"] and first["abilities"] and first["threads"] == 1 and first["note"] == "beside other work"
     assert (
-        first["command"] == "python -m benchmarks.test_measure counting --folder DATA --threads 1 --first 0.123456789"
+        first["command"] == "python -m benchmarks.test_measure counting --folder DATA --first 0.123456789 --threads 1"
     )
     assert {"date", "commit", "cores", "load", "torch"} <= first.keys() and first["figures"] == again["figures"]
     with pytest.raises(ValueError, match="figures of --quick mean nothing"):

@@ -14,7 +14,9 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 from scripts.checkpoint import load_network, read_checkpoint
+from scripts.checkpoint.commands import compact
 from scripts.data.synthesis.cohort_writer import write_cohorts
+from scripts.networks import Neuroverse3D
 from scripts.runtime.output_folder import STATE
 from scripts.training.engine import GroupTrainer, episode_scores, prepare_episode
 from tests.workflows import SMALL, run_workflow
@@ -374,6 +376,23 @@ def test_the_pretraining_overlay_learns_masks_and_images(tmp_path, amp):
     (row,) = csv.DictReader((tmp_path / "stage2" / "metrics.csv").open())
     assert 0 <= float(row["train_dice"]) <= 1 and float(row["train_psnr"]) > 0
     assert 0 < float(row["train_loss"]) < 20
+
+
+def test_aligned_pretraining_keeps_the_weights_of_every_epoch_to_average(tmp_path):
+    torch.manual_seed(0)
+    torch.save(Neuroverse3D(channels=(4, 8), spatial_size=16).state_dict(), tmp_path / "first.pt")
+    options = SMALL | {"output_dir": str(tmp_path), "init_checkpoint": str(tmp_path / "first.pt"), "channels": None}
+    options |= {"epochs": 2, "groups_per_epoch": 2, "batch_size": 1, "val_interval": 9, "context_size": [1, 2]}
+    configs = [f"configs/{name}.json" for name in ("train_stage2", "pretrain", "pretrain_aligned")]
+    workflow = ConfigWorkflow(configs, workflow_type="train", logging_file=False, **options)
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+    kept = sorted((tmp_path / "stage2").glob("network_epoch=*.pt"))
+    assert len(kept) == 2
+    compact([str(file) for file in kept], str(tmp_path / "mean.pt"))
+    mean, last = (load_network(file).state_dict() for file in (tmp_path / "mean.pt", kept[-1]))
+    assert any(not torch.equal(mean[name], last[name]) for name in mean)
 
 
 def test_several_tasks_in_one_run(data, tmp_path):

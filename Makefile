@@ -25,13 +25,15 @@ configs: $(VENV)/.ready
 docs: $(VENV)/.ready
 	$(RUN) -m scripts.apps.command.option_tables
 
-# About 40 minutes on two cores that do nothing else; BENCH="--quick true" only shows that all of it runs.
+# Speed and memory, about 40 minutes on two cores that do nothing else; BENCH="--quick true" only shows that it runs,
+# BENCH="--record true" keeps the figures.
 BENCH ?=
-BENCHMARKS := startup forward flat_memory bfloat16_memory bfloat16_dice many_labels training_step data_path loader_wait context_curve
+BENCHMARKS := loading.start network.forward network.memory network.labels network.contexts training.step \
+    loading.groups loading.wait
 
 bench: $(VENV)/.ready-dev
-	set -e; for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$$name $(BENCH); done
-	$(RUN) -m benchmarks.table
+	set -e; for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$${name%.*} $${name#*.} $(BENCH); done
+	$(RUN) -m benchmarks.page
 
 # The container image; docs/container.md. BUILD gives further arguments, such as --build-arg TORCH=cpu.
 IMAGE ?= neuroverse3d

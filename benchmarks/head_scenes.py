@@ -21,7 +21,6 @@ import torch
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from benchmarks.unseen_brains import STRUCTURES
 from scripts.data.preprocessing import bounding_box
 from scripts.data.synthesis.anatomy import AIR, Anatomy
 from scripts.data.synthesis.cohort import LESION
@@ -31,8 +30,25 @@ from scripts.data.synthesis.seeded_draws import Draws
 from scripts.data.synthesis.subject_pose import add_lesion, label_table, pool_labels
 from scripts.runtime.atomic_files import write_json
 
+STRUCTURES = {
+    "lateral ventricle": (4, 43),
+    "thalamus": (10, 49),
+    "caudate": (11, 50),
+    "putamen": (12, 51),
+    "pallidum": (13, 52),
+    "third ventricle": (14,),
+    "brain stem": (16,),
+    "hippocampus": (17, 53),
+    "amygdala": (18, 54),
+    "ventral diencephalon": (28, 60),
+}
+"""Ten deep structures, left and right as one: values of FreeSurfer's table."""
+
 HELD_OUT = ("brain_05", "brain_10", "brain_15", "brain_20")
 """People who are targets only."""
+
+PARTS = {"development": HELD_OUT[:2], "reporting": HELD_OUT[2:]}
+"""Who is a target of what."""
 
 DEGREES, SHIFT_MM = 15.0, 8.0
 """How far a head is turned about each axis and moved along it, either way."""
@@ -112,6 +128,57 @@ class Settings:
         """Of the episode's folder."""
         contexts = "" if self.context_contrast == self.contrast else f"_from_{contrast_name(self.context_contrast)}"
         return f"{self.person}_{contrast_name(self.contrast)}{contexts}"
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Whole heads as targets: every person of a part in each contrast.
+
+    Attributes:
+        label_maps: folder of the label maps published with SynthSeg.
+        output_dir: for scans, which are used again, and predictions.
+        part: development or reporting.
+        contrasts: of every target: T1-like, T2-like, then made-up ones.
+        voxel_mm: edge of the scans' voxels.
+        seed: of people, contrasts, poses and lesions.
+
+    Raises:
+        ValueError: no such part.
+    """
+
+    label_maps: str
+    output_dir: str
+    part: str = "development"
+    contrasts: int = 3
+    voxel_mm: float = 1.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.part not in PARTS:
+            raise ValueError(f"--part must be one of {', '.join(PARTS)}, got {self.part!r}")
+
+    def smallest(self) -> Heads:
+        """Two contrasts in coarse voxels."""
+        return replace(self, contrasts=2, voxel_mm=4.0)
+
+    def settings(self, contexts: int = 8, other_contrast: bool = False) -> list[Settings]:
+        """What to make.
+
+        Args:
+            contexts: how many.
+            other_contrast: contexts are T1-like, targets are not.
+
+        Raises:
+            ValueError: no contrast but that of the contexts.
+        """
+        shown = range(int(other_contrast), self.contrasts)
+        if not shown:
+            raise ValueError(f"--contrasts {self.contrasts} leaves no target: give more")
+        return [
+            Settings(person, number, 0 if other_contrast else number, contexts, self.voxel_mm, self.seed)
+            for person in PARTS[self.part]
+            for number in shown
+        ]
 
 
 class HeadScenes:

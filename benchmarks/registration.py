@@ -1,16 +1,9 @@
-"""Dice of the aligned contexts' votes alone, after each step of the registration, and the seconds that it takes.
-
-    python -m benchmarks.registration --dataset_dir DATA/Dataset004_Hippocampus [--cases 12 --context_sizes "[1,2,8]"]
-
-No network takes part. Cases and misalignments are those of :mod:`benchmarks.unseen_dataset`. ``sitk`` is what
-SimpleITK offers, pair by pair: affine by mutual information at two resolutions, then symmetric demons on images whose
-histograms were matched.
-"""
+"""Contexts brought to a target, without a network: what the registration gives step by step, and what it costs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import SimpleITK as sitk
@@ -18,68 +11,48 @@ import torch
 from monai.data import MetaTensor
 from tqdm import tqdm
 
-from benchmarks.unseen_dataset import Pair, UnseenCases, interval, mean_dice
+from benchmarks.hippocampus import ALIGNMENTS, Hippocampus, Pair, interval, mean_dice
+from benchmarks.measure import Row, Run, work
 from scripts.registration import MODES, align, vote, vote_weights
-from scripts.runtime.atomic_files import write_json
 from scripts.runtime.commandline import main
 
 LABELS = (1, 2)
 
 
-def registration(
-    dataset_dir: str,
-    part: str = "development",
-    cases: int | None = 12,
+@work
+def votes(
+    run: Run,
+    cases: Hippocampus,
     context_sizes: Sequence[int] = (1, 2, 8),
-    alignments: Sequence[str] = ("aligned", "misaligned"),
+    alignments: Sequence[str] = ALIGNMENTS,
     steps: Sequence[str] = MODES,
-    threads: int = 2,
-    seed: int = 0,
-    output_file: str | None = None,
-) -> None:
-    """Print mean Dice with its 95 % interval, and seconds per target from the start to the end of each step.
+) -> Iterator[Row]:
+    """Dice of the aligned contexts' votes alone, after each step of the registration, and seconds per target.
+
+    No network takes part. ``sitk`` is what SimpleITK offers, pair by pair: affine by mutual information at two
+    resolutions, then symmetric demons on images whose histograms were matched. Seconds are medians from the start to
+    the end of a step.
 
     Args:
-        dataset_dir: nnU-Net dataset folder of the split file.
-        part: development or reporting.
-        cases: at most so many targets.
+        run: how it is run.
+        cases: targets.
         context_sizes: numbers of contexts K.
         alignments: aligned, misaligned or both.
         steps: last steps, of search, affine, deformable and sitk.
-        threads: processor threads.
-        seed: of contexts and misalignments.
-        output_file: JSON file for the rows.
     """
-    torch.set_num_threads(threads)
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
-    unseen, rows = UnseenCases(dataset_dir, part, cases, seed), []
+    context_sizes = (1,) if run.quick else context_sizes
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(run.threads)
     for alignment in alignments:
-        episodes = list(unseen.episodes(alignment))
+        episodes = list(cases.episodes(alignment))
         for size in context_sizes:
             for step in steps:
-                run = sitk_votes if step == "sitk" else _votes
-                found = [
-                    run(target, pool[:size], step) for target, pool in tqdm(episodes, f"{alignment} K={size} {step}")
-                ]
+                find = sitk_votes if step == "sitk" else _votes
+                progress = tqdm(episodes, f"{alignment} K={size} {step}")
+                found = [find(target, pool[:size], step) for target, pool in progress]
                 dice, seconds, cpu_seconds, folded = map(np.array, zip(*found, strict=True))
-                rows.append(
-                    {
-                        "alignment": alignment,
-                        "context_size": size,
-                        "step": step,
-                        "dice": interval(dice),
-                        "seconds": float(np.median(seconds)),
-                        "cpu_seconds": float(np.median(cpu_seconds)),
-                        "folded": float(folded.max()),
-                    }
-                )
-                print(
-                    "{alignment:10s} K={context_size} {step:10s} Dice {dice[0]:.3f} [{dice[1]:.3f}, {dice[2]:.3f}] "
-                    "{seconds:.2f} s, processors {cpu_seconds:.2f} s  folded {folded:.2%}".format(**rows[-1]),
-                    flush=True,
-                )
-    if output_file:
-        write_json({"part": part, "cases": len(unseen.targets), "threads": threads, "rows": rows}, output_file)
+                figures = {"dice": interval(dice), "seconds": np.median(seconds), "cpu_seconds": np.median(cpu_seconds)}
+                figures |= {"folded": folded.max()}
+                yield Row(f"{alignment}, K={size}", figures, cases.described, step)
 
 
 def _votes(target: Pair, contexts: Sequence[Pair], mode: str) -> tuple[float, float, float, float]:
@@ -110,7 +83,7 @@ def sitk_votes(target: Pair, contexts: Sequence[Pair], _: str = "sitk") -> tuple
 
     images = torch.stack([warp(i, i.affine, t) for (i, _), t in zip(contexts, transforms, strict=True)])
     masks = torch.stack([warp(_masks(m), m.affine, t) for (_, m), t in zip(contexts, transforms, strict=True)])
-    return _dice(target, images, masks, "intensity", None), passed, used, float("nan")
+    return _dice(target, images, masks, "intensity", None), passed, used, 0.0
 
 
 def _sitk(volume: MetaTensor) -> sitk.Image:
@@ -151,5 +124,7 @@ def _dice(target: Pair, images: torch.Tensor, masks: torch.Tensor, kind: str, al
     return mean_dice(MetaTensor(prediction), target[1], LABELS)
 
 
+WORKS = {"votes": votes}
+
 if __name__ == "__main__":
-    main(registration)
+    main(WORKS)

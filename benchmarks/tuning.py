@@ -1,150 +1,214 @@
-"""Dice before and after tuning on the contexts, against time, beside a plain U-Net on the same contexts and time.
-
-    python -m benchmarks.tuning --dataset_dir DATA/Dataset004_Hippocampus --checkpoint WEIGHTS.pt \
-        [--part development --context_sizes "[8,4,2,1]" --minutes "[0.5,1,2]" --cases 12 --output_file OUT.json]
-
-One choice of contexts for all targets, as a user has it; ``--context_sets 3`` takes three choices one after another.
-Every tuning starts anew, through :meth:`scripts.inferer.ICLInferer.tune`, and its minutes include alignment and
-decision. The U-Net is that of ``benchmarks.scratch_unet``. Dice is on the scans' own voxels.
-"""
+"""Minutes of training on the contexts themselves: Dice of tuning, and of a plain U-Net on the same contexts."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
+import torch
 from monai.data import MetaTensor
+from monai.losses import DiceCELoss
+from monai.networks.nets import UNet
+from monai.transforms import Compose, RandAdjustContrastd, RandAffined, RandGaussianNoised
 from monai.utils import set_determinism
+from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.scratch_unet import on_grid, predict, train_unet
-from benchmarks.unseen_dataset import Pair, UnseenCases, interval, mean_dice
+from benchmarks.hippocampus import SHIPPED, Hippocampus, Pair, interval, mean_dice, weights
+from benchmarks.measure import Row, Run, work
 from scripts.checkpoint import load_network
-from scripts.inference.target import Target
+from scripts.data.preprocessing import PlacedScores, Preprocessing
 from scripts.inference.views import EVEN_SHARE
 from scripts.inferer import ICLInferer
-from scripts.runtime.atomic_files import write_json
 from scripts.runtime.commandline import main
-from scripts.runtime.options import flag
+
+_CHANNELS = (16, 32, 64, 128)
+_BATCH = 2
+_START = "as it came"
 
 
-def tuning(
-    dataset_dir: str,
-    checkpoint: str,
-    part: str = "development",
+@work
+def minutes(
+    run: Run,
+    cases: Hippocampus,
+    checkpoint: str = SHIPPED,
     context_sizes: Sequence[int] = (8, 4, 2, 1),
     minutes: Sequence[float] = (0.5, 1, 2),
-    cases: int | None = None,
     context_sets: int = 1,
+    tune: bool = True,
     unet: bool = True,
     learning_rate: float = 1e-3,
     align: str = "deformable",
-    amp: bool = False,
+    amp: str = "auto",
     options: dict[str, Any] | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    output_file: str | None = None,
-) -> None:
-    """Print mean Dice, with 95 % intervals over targets and context sets, and seconds.
+) -> Iterator[Row]:
+    """Dice and gain after minutes of tuning, through ICLInferer.tune, and of a plain 3D U-Net from scratch.
+
+    One choice of contexts for all targets, as a user has it; intervals are over targets and choices. Every training
+    starts anew. A tuning's minutes include alignment and decision. MONAI's U-Net is trained on the contexts alone, on
+    the grid and the voxels of the network, with MONAI's Dice and cross-entropy loss and random affine, contrast and
+    noise transforms. Dice is on the scans' own voxels.
 
     Args:
-        dataset_dir: nnU-Net dataset folder of the split file.
+        run: how it is run.
+        cases: targets.
         checkpoint: weights to start from.
-        part: development or reporting.
         context_sizes: numbers of contexts K.
         minutes: of each tuning, and of each U-Net's training.
-        cases: at most so many targets.
         context_sets: choices of contexts.
-        unet: train the U-Net as well.
+        tune: tune.
+        unet: train the U-Net.
         learning_rate: of the U-Net.
-        align: how contexts are brought to a target.
-        amp: predict in bfloat16.
+        align: how contexts are brought to a target: off, affine or deformable.
+        amp: predict in bfloat16: true, false, or auto, where the processor is made for it.
         options: of ``configs/tune.json``.
-        seed: of contexts, tunings and the U-Net.
-        device: where to compute.
-        output_file: JSON file for the rows.
     """
-    unet, amp, rows = flag(unet), flag(amp), []
+    if run.quick:
+        context_sizes, minutes = (2,), (0.05,)
+    settings = run, cases, checkpoint, minutes, tune, unet, learning_rate, align, amp, options or {}
     for size in context_sizes:
-        found: dict[str, list[list[float]]] = {}
-        seconds: dict[str, list[float]] = {}
-        kept: dict[str, list[bool]] = {}
-        for chosen in range(context_sets):
-            set_determinism(seed)
-            unseen = UnseenCases(dataset_dir, part, cases, seed)
-            episodes = list(unseen.episodes("aligned"))
-            contexts = episodes[chosen][1][:size]
-            network = load_network(checkpoint)
-            spacing = unseen.spacing(network.grid.tolist())
-            inferer = ICLInferer(network, device, spacing=spacing, align=align, amp=amp)
-            inferer.set_context([image for image, _ in contexts], [label for _, label in contexts])
-            start = copy.deepcopy(inferer.network.state_dict())
-            scans = [scan for scan, _ in episodes]
-            targets = [inferer.target(image) for image, _ in scans]
-            _add(found, seconds, "as it came", _scores(inferer, targets, scans), 0.0, 0.0)
-            for mark in minutes:
-                inferer.network.load_state_dict(start)
-                inferer.tuned, inferer.share = None, EVEN_SHARE
-                began, used = time.monotonic(), time.process_time()
-                name = f"tuned {mark:g} min"
-                report = inferer.tune(mark, seed=seed, **(options or {}))
-                passed = time.monotonic() - began, time.process_time() - used
-                kept.setdefault(name, []).append(report["kept"])
-                _add(found, seconds, name, _scores(inferer, targets, scans), *passed)
-                print(
-                    f"K={size} {name}: {report['dice_before']:.3f} to {report['dice_after']:.3f} kept out", flush=True
-                )
-            for mark in minutes if unet else ():
-                began, used = time.monotonic(), time.process_time()
-                values, preprocessing = inferer.label_values, inferer.context.preprocessing
-                trained = train_unet(*on_grid(inferer), len(values), 60 * mark, learning_rate, device)
-                passed = time.monotonic() - began, time.process_time() - used
-                masks = [predict(trained, image, preprocessing, values, device) for image, _ in scans]
-                _add(found, seconds, f"U-Net {mark:g} min", _dice(masks, scans, values), *passed)
-        before = np.concatenate(found["as it came"])
-        for name, dice in found.items():
-            rows.append(
-                {
-                    "context_size": size,
-                    "name": name,
-                    "dice": interval(np.concatenate(dice)),
-                    "gain": interval(np.concatenate(dice) - before),
-                    "kept": kept.get(name),
-                    "wall_seconds": float(np.mean(seconds[name][::2])),
-                    "processor_seconds": float(np.mean(seconds[name][1::2])),
-                    "targets": len(before),
-                }
-            )
-            row = (
-                "K={context_size:<2d} {name:14s} Dice {dice[0]:.3f} [{dice[1]:.3f}, {dice[2]:.3f}]  "
-                "gain {gain[0]:+.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}]  {targets} targets, "
-                "{wall_seconds:.0f} s, {processor_seconds:.0f} s of processors"
-            )
-            print(row.format(**rows[-1]), flush=True)
-    if output_file:
-        settings = {"checkpoint": checkpoint, "part": part, "seed": seed, "device": device, "options": options}
-        write_json(settings | {"rows": rows}, output_file)
+        choices = [_choice(number, size, *settings) for number in range(context_sets)]
+        before = np.concatenate([found[_START]["dice"] for found in choices])
+        data = f"{cases.described}, {context_sets} choice{'s' * (context_sets > 1)} of contexts{weights(checkpoint)}"
+        for name in choices[0]:
+            dice = np.concatenate([found[name].pop("dice") for found in choices])
+            figures = {"dice": interval(dice)} | ({} if name == _START else {"gain": interval(dice - before)})
+            figures |= {key: float(np.mean([found[name][key] for found in choices])) for key in choices[0][name]}
+            yield Row(f"K={size}, --align {align}", figures, data, name)
 
 
-def _add(
-    found: dict[str, list[list[float]]], seconds: dict[str, list[float]], name: str, dice: list[float], *passed: float
-) -> None:
-    found.setdefault(name, []).append(dice)
-    seconds.setdefault(name, []).extend(passed)
+def _choice(
+    number: int,
+    size: int,
+    run: Run,
+    cases: Hippocampus,
+    checkpoint: str,
+    minutes: Sequence[float],
+    tune: bool,
+    unet: bool,
+    learning_rate: float,
+    align: str,
+    amp: str,
+    options: dict[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Figures by name for one choice of contexts, ``dice`` of every target among them."""
+    set_determinism(cases.seed)
+    episodes = list(cases.episodes())
+    contexts, scans = episodes[number % len(episodes)][1][:size], [scan for scan, _ in episodes]
+    started = time.monotonic()
+    network = load_network(checkpoint)
+    spacing = cases.spacing(network.grid.tolist())
+    inferer = ICLInferer(network, run.device, spacing=spacing, align=align, amp=amp)
+    inferer.set_context(*zip(*contexts, strict=True))
+    values, preprocessing = inferer.label_values, inferer.context.preprocessing
+    start, target = copy.deepcopy(inferer.network.state_dict()), cache(inferer.target)
+    found = {_START: _score(lambda scan: inferer.complete(target(scan)).prediction, scans, values, started)}
+    for mark in minutes if tune else ():
+        inferer.network.load_state_dict(start)
+        inferer.tuned, inferer.share = None, EVEN_SHARE
+        started, used = time.monotonic(), time.process_time()
+        inferer.tune(mark, seed=cases.seed, **options)
+        passed = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - used}
+        scored = _score(lambda scan: inferer.complete(target(scan)).prediction, scans, values, started)
+        found[f"tuned, {mark:g} min"] = scored | passed
+    for mark in minutes if unet else ():
+        started, used = time.monotonic(), time.process_time()
+        trained = train_unet(*on_grid(inferer), len(values), 60 * mark, learning_rate, run.device)
+        passed = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - used}
+        predict = partial(unet_prediction, trained, preprocessing, values, run.device)
+        found[f"U-Net, {mark:g} min"] = _score(predict, scans, values, started) | passed
+    return found
 
 
-def _scores(inferer: ICLInferer, targets: Sequence[Target], scans: Sequence[Pair]) -> list[float]:
-    """Of the predictor as it is now; the contexts are brought to a target once."""
-    masks = [inferer.complete(target).prediction for target in tqdm(targets, "predict")]
-    return _dice(masks, scans, inferer.label_values)
+def _score(
+    predict: Callable[[MetaTensor], MetaTensor], scans: Sequence[Pair], values: Sequence[int], started: float
+) -> dict[str, Any]:
+    """Dice of every scan, and seconds until the first of them has its mask."""
+    dice, first = [], 0.0
+    for scan, wanted in tqdm(scans, "predict"):
+        prediction = predict(scan)
+        first = first or time.monotonic() - started
+        dice.append(mean_dice(prediction, wanted, values))
+    return {"dice": dice, "first_mask_seconds": first}
 
 
-def _dice(masks: Sequence[MetaTensor], scans: Sequence[Pair], values: Sequence[int]) -> list[float]:
-    return [mean_dice(mask, label, values) for mask, (_, label) in zip(masks, scans, strict=True)]
+def on_grid(inferer: ICLInferer) -> tuple[Tensor, Tensor]:
+    """Contexts as :func:`train_unet` takes them: images, and classes numbered in the order of the labels."""
+    images, labels = inferer.context.pairs()
+    return images, sum(number * (labels == value) for number, value in enumerate(inferer.label_values, start=1))
 
+
+def unet_prediction(
+    unet: torch.nn.Module, preprocessing: Preprocessing, values: Sequence[int], device: str, scan: MetaTensor
+) -> MetaTensor:
+    """Label numbers (1, H, W, D) on a scan's own voxels, from a network of :func:`train_unet`."""
+    target = preprocessing.target(scan)
+    with torch.inference_mode():
+        scores = unet(target[None].as_tensor().to(device)).softmax(1)[0, 1:].cpu()
+    placed = {value: PlacedScores(score, target) for value, score in zip(values, scores, strict=True)}
+    return preprocessing.to_native_labels(placed)
+
+
+def train_unet(
+    images: Tensor, classes: Tensor, labels: int, seconds: float, learning_rate: float, device: str
+) -> torch.nn.Module:
+    """MONAI's U-Net trained on some pairs for some time.
+
+    Args:
+        images: (K, 1, H, W, D) in [0, 1].
+        classes: the same shape; 0 is background, and 1 and on the labels.
+        labels: how many labels.
+        seconds: of training.
+        learning_rate: of Adam.
+        device: where to compute.
+
+    Returns:
+        The network, in evaluation mode: (B, 1, H, W, D) -> (B, 1 + labels, H, W, D) logits.
+    """
+    unet = UNet(3, 1, 1 + labels, _CHANNELS, (2,) * (len(_CHANNELS) - 1), num_res_units=2).to(device)
+    optimizer = torch.optim.Adam(unet.parameters(), learning_rate)
+    loss = DiceCELoss(to_onehot_y=True, softmax=True)
+    started = time.monotonic()
+    with tqdm(total=round(seconds), unit="s", desc="train U-Net") as bar:
+        for image, label in _batches(images, classes):
+            passed = time.monotonic() - started
+            bar.update(min(round(passed), bar.total) - bar.n)
+            if passed >= seconds:
+                return unet.eval()
+            optimizer.zero_grad()
+            loss(unet(image.to(device)), label.to(device)).backward()
+            optimizer.step()
+    raise AssertionError("there is always another batch")
+
+
+def _batches(images: Tensor, classes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random pairs without end, changed at random."""
+    change = Compose(
+        [
+            RandAffined(
+                ("image", "label"),
+                prob=0.8,
+                rotate_range=(0.35,) * 3,
+                scale_range=(0.15,) * 3,
+                translate_range=[n / 10 for n in images.shape[2:]],
+                mode=("bilinear", "nearest"),
+                padding_mode="zeros",
+            ),
+            RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.4)),
+            RandGaussianNoised("image", prob=0.3, std=0.05),
+        ]
+    )
+    while True:
+        chosen = torch.randint(len(images), (_BATCH,)).tolist()
+        made = [change({"image": images[i], "label": classes[i].float()}) for i in chosen]
+        yield tuple(torch.stack([pair[key].as_tensor() for pair in made]) for key in ("image", "label"))
+
+
+WORKS = {"minutes": minutes}
 
 if __name__ == "__main__":
-    main(tuning)
+    main(WORKS)

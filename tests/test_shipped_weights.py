@@ -7,7 +7,7 @@ import pytest
 import torch
 from monai.metrics import compute_dice
 
-from benchmarks.unseen_cohorts import label_scores
+from benchmarks.pretrained import label_scores
 from scripts.checkpoint import load_network, read_checkpoint
 from scripts.data.synthesis.cohort import synthesize_cohort
 

@@ -51,7 +51,7 @@ FLIP_TESTED = 4
 
 DICE_EXPONENT = 1.75
 """Dice falls faster than agreement, since wrong predictions may be firm. Fitted on half of the cases of
-``benchmarks.expected_quality``, hippocampus data, and checked on the other half."""
+``benchmarks.confidence``, hippocampus data, and checked on the other half."""
 
 LOW_AGREEMENT_MARGIN = 0.05
 """An agreement this much below that of every context is flagged."""

@@ -7,31 +7,19 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import paired
-from benchmarks.head_scenes import HELD_OUT
-from benchmarks.unseen_brains import STRUCTURES
+from benchmarks import measure
+from benchmarks.head_scenes import HELD_OUT, STRUCTURES
 
 
 @pytest.fixture
-def measured_here(monkeypatch):
-    """Measure without starting processes; arguments go through JSON all the same."""
+def rows(monkeypatch):
+    """``rows(benchmark, **given) -> list``: what a quick run yields, measured in this process."""
     monkeypatch.setattr(
-        paired,
+        measure,
         "measure_apart",
-        lambda side, conditions: paired.call(side.function, json.loads(json.dumps(dict(side.arguments)))),
+        lambda side, threads: measure.call(side.function, json.loads(json.dumps(dict(side.arguments)))),
     )
-
-
-@pytest.fixture
-def records(tmp_path):
-    """``records(benchmark, **options) -> list``: what a quick run of a benchmark appends to its results file."""
-
-    def run(benchmark, **options):
-        path = tmp_path / "results.jsonl"
-        benchmark(quick=True, output=str(path), **options)
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-    return run
+    return lambda benchmark, **given: list(benchmark.__wrapped__(measure.Run(quick=True), **given))
 
 
 @pytest.fixture(scope="session")

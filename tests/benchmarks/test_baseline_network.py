@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.baseline_network import BaselineNetwork
-from benchmarks.networks import make_episode, make_network, probe
+from benchmarks.network import make_episode, make_network, probe
 from scripts.checkpoint import authors_key, from_authors, network_from_state, read_checkpoint
 from scripts.losses import SmoothL3L1Loss
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from scipy.ndimage import binary_dilation
 
-from benchmarks.degradations import DEGRADATIONS
-from benchmarks.expected_quality import correlations, expected_quality
+from benchmarks.confidence import DEGRADATIONS, correlations, expected, wrong_context
 from scripts.networks import Neuroverse3D
 
 
@@ -44,15 +43,15 @@ def test_correlations():
     rows = [row(f"case {i}", "none", x, 2 * x - 0.5) for i, x in enumerate((0.5, 0.6, 0.7))]
     rows += [row(f"case {i}", "noise", x, -x, "flagged") for i, x in enumerate((0.5, 0.6, 0.7))]
     found = correlations(rows)
-    assert found["plain"]["by_label"]["pearson"] == found["plain"]["by_case"]["spearman"] == 1
-    assert found["plain"]["by_case"]["mean_absolute_error"] == pytest.approx(0.1)
-    assert found["degraded"]["by_label"]["pearson"] == -1
-    assert [found[group]["cases"] for group in ("all", "plain", "degraded")] == [6, 3, 3]
-    assert [found[group]["flagged"] for group in ("all", "plain", "degraded")] == [3, 0, 3]
-    assert correlations([row("a", "none", 0.5, 0.1), row("b", "none", 0.5, 0.2)])["all"]["by_label"]["pearson"] is None
+    plain, degraded = found["as acquired"], found["degraded"]
+    assert plain["correlation"] == pytest.approx(1) == plain["rank_correlation"]
+    assert plain["mean_absolute_error"] == pytest.approx(0.1) and degraded["correlation"] == pytest.approx(-1)
+    assert [found[group]["cases"] for group in ("all", "as acquired", "degraded")] == [6, 3, 3]
+    assert [found[group]["flagged"] for group in ("all", "as acquired", "degraded")] == [3, 0, 3]
+    assert correlations([row("a", "none", 0.5, 0.1), row("b", "none", 0.5, 0.2)]) == {}, "nothing to correlate"
 
 
-def test_it_runs_and_goes_on(make_dataset, tmp_path):
+def test_it_runs_and_goes_on(make_dataset, tmp_path, rows):
     pytest.importorskip("matplotlib")
     data = make_dataset(tmp_path, cases=5)
     names = [f"case_{i:02d}" for i in range(5)]
@@ -60,16 +59,19 @@ def test_it_runs_and_goes_on(make_dataset, tmp_path):
     (tmp_path / "splits.json").write_text(json.dumps(split))
     torch.manual_seed(0)
     torch.save(Neuroverse3D(channels=(4, 8), spatial_size=16).state_dict(), tmp_path / "model.pt")
-    files = [str(data), *(str(tmp_path / name) for name in ("model.pt", "splits.json", "out"))]
+    given = {"dataset_dir": str(data), "split_file": str(tmp_path / "splits.json")}
+    given |= {"checkpoint": str(tmp_path / "model.pt"), "context_size": 3}
     table = tmp_path / "out" / "expected_quality.csv"
+    out = {"output_dir": str(tmp_path / "out"), "align": "off"}
 
-    expected_quality(*files, context_size=3, degraded=False)
+    rows(expected, **given, **out, degraded=False)
     plain = list(csv.DictReader(table.open()))
     assert [(r["case"], r["label"]) for r in plain] == [(n, v) for n in names[3:] for v in "12"]
     assert table.with_suffix(".png").stat().st_size > 1000
 
-    expected_quality(*files, context_size=3)
-    rows = list(csv.DictReader(table.open()))
-    assert rows[:4] == plain and {r["degradation"] for r in rows[4:]} == {"noise", "low_resolution"}
-    facts = json.loads(table.with_suffix(".json").read_text())
-    assert facts["all"]["cases"] == 4 and len(facts["self_test"]["contexts"]) == 3
+    rows(expected, **given, **out)
+    found = list(csv.DictReader(table.open()))
+    assert found[:4] == plain and {r["degradation"] for r in found[4:]} == {"noise", "low_resolution"}
+
+    right, wrong = rows(wrong_context, **given)
+    assert 0 <= right.figures["out_of_line"] <= 3 and 0 <= wrong.figures["worst"] <= 3

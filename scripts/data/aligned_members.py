@@ -62,18 +62,22 @@ class AlignedMembers:
     def _found(self, clean: Sequence[Tensor], keep: bool) -> list[Alignment | None]:
         """How each member but the first lies on that; None where it does not align."""
         target, *others = (image.as_subclass(Tensor).float() for image in clean)
-        digests = [hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest() for image in (target, *others)]
-        paths = [self.folder / f"{digests[0][:32]}-{digest[:32]}.pt" for digest in digests[1:]]
-        known = [_read(path) if keep else None for path in paths]
+        paths = self._paths((target, *others)) if keep else [None] * len(others)
+        known = [path and _read(path) for path in paths]
         # a constant image shows nothing to register by
         new = [k for k, one in enumerate(known) if one is None and _varies(target) and _varies(others[k])]
         if new:
             found = align(_placed(target), [_placed(others[k]) for k in new])
             for row, k in enumerate(new):
                 known[k] = _kept(found, row)
-                if keep:
+                if paths[k]:
                     write_atomically(paths[k], lambda temporary, one=known[k]: torch.save(one, temporary))
         return [_alignment(one) if one is not None and one["aligned"] else None for one in known]
+
+    def _paths(self, images: Sequence[Tensor]) -> list[Path]:
+        """Where the transforms of each image but the first are cached."""
+        first, *digests = (hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()[:32] for image in images)
+        return [self.folder / f"{first}-{digest}.pt" for digest in digests]
 
 
 def _varies(image: Tensor) -> bool:

@@ -193,7 +193,8 @@ class TuningRun:
             judged = self._judge_first(cases)
             state = {"fingerprint": fingerprint, "before": judged, "after": [], "folds": []}
             self._note("before")
-            state["fold_seconds"] = max(0.0, self._left(self._seconds["before"])) / cases.folds
+            state["left"] = 60 * self.minutes - (time.monotonic() - self.started) - SPARE_SECONDS
+            state["judging"] = 1.1 * self._seconds["before"] / cases.folds
         with tqdm(total=100, desc="tuning", unit="%", bar_format="{l_bar}{bar}| {elapsed}{postfix}") as self._bar:
             for fold in range(len(state["folds"]), cases.folds):
                 self._run_fold(fold, cases, before, state)
@@ -227,10 +228,6 @@ class TuningRun:
             found.append(asdict(self.inferer.tested(case.tested)))
         return found
 
-    def _left(self, for_judging: float) -> float:
-        """Seconds that are left for tuning."""
-        return 60 * self.minutes - (time.monotonic() - self.started) - 1.1 * for_judging - SPARE_SECONDS
-
     def _run_fold(self, fold: int, cases: TuningCases, before: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         network, within = self.predictor.network, state.pop("within", None)
         tuned_in = cases.tuned_in(fold)
@@ -239,7 +236,8 @@ class TuningRun:
         if within is None:
             network.load_state_dict(before)
             self.average.begin()
-            self.budget.begin(state["fold_seconds"])
+            # each fold anew, for other work may have come to the machine
+            self.budget.begin(max(0.0, state["left"] / (cases.folds - fold) - state["judging"]))
         else:
             for name, part in self._parts().items():
                 part.load_state_dict(within[name])
@@ -268,7 +266,10 @@ class TuningRun:
         state["folds"].append(
             {name: value.cpu().clone() for name, value in self.average.network_so_far.state_dict().items()}
         )
+        began = time.monotonic()
         state["after"] += [asdict(self._judged(case)) for case in judged]
+        state["judging"] = time.monotonic() - began
+        state["left"] -= self.budget.spent + state["judging"]
         self._expect(state, [])
         atomic_save(state, self.folder / LAST)
 

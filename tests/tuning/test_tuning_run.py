@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,6 +129,25 @@ def test_each_case_is_judged_by_weights_that_never_had_it_as_a_target(monkeypatc
         (halfway, _), (end, _) = judged[2 * fold : 2 * fold + 2]
         assert halfway is end and len(cases) == 3 and end not in cases
     assert len({case.name for case, _ in judged}) == 4
+
+
+def test_folds_have_less_time_once_judging_takes_longer(monkeypatch):
+    clock, begun = SimpleNamespace(now=0.0), []
+
+    def tested(self, case, network=None):
+        clock.now += 1 if network is None else 100
+        return plain(self, case, network)
+
+    plain = ConfidentInferer.tested
+    monkeypatch.setattr(tuning_run, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(ConfidentInferer, "tested", tested)
+    begin = tuning_run.TimeBudget.begin
+    monkeypatch.setattr(
+        tuning_run.TimeBudget, "begin", lambda self, seconds: begun.append(seconds) or begin(self, seconds)
+    )
+    predictor(4).tune(**QUICK)
+    # 600 s, of them 4 for the judgement before and 1 to spare; then each fold's judgement takes 100 s instead of 1
+    assert begun == pytest.approx([595 / 4 - 1.1, 495 / 3 - 100, 395 / 2 - 100, 295 - 100], abs=9)
 
 
 def test_a_single_pair_is_tuned_on_deformed_copies_and_says_so():

@@ -25,11 +25,10 @@ configs: $(VENV)/.ready
 docs: $(VENV)/.ready
 	$(RUN) -m scripts.apps.command.option_tables
 
-# Speed and memory, about 40 minutes on two cores that do nothing else; BENCH="--quick true" only shows that it runs,
+# Speed and memory, on cores that do nothing else; BENCH="--quick true" only shows that it runs,
 # BENCH="--record true" keeps the figures.
 BENCH ?=
-BENCHMARKS := loading.start network.forward network.memory network.labels network.contexts training.step \
-    loading.groups loading.wait
+BENCHMARKS := network.forward network.step network.memory network.labels loading.groups loading.wait
 
 bench: $(VENV)/.ready-dev
 	set -e; for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$${name%.*} $${name#*.} $(BENCH); done

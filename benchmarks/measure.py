@@ -53,25 +53,16 @@ FIGURES = {
     "first_mask_seconds": ("first mask after, seconds", "{:.3g}"),
     "command_seconds": ("with the start", "{:.3g}"),
     "speedup": ("times faster", "{:.2f}×"),
-    "added_seconds": ("added seconds", "{:.2f}"),
     "peak_mib": ("peak MiB", "{:.0f}"),
     "memory": ("of the baseline's peak", "{:.2f}×"),
-    "of_float32": ("of our float32's peak", "{:.2f}×"),
-    "time_without": ("time without it", "{:.2f}×"),
-    "memory_without": ("peak without it", "{:.2f}×"),
     "growth": ("growth of the peak", "{:+.1%}"),
     "share_of_matrix_product": ("of the matrix-product rate", "{:.0%}"),
-    "gflops": ("GFLOP/s", "{:.0f}"),
-    "floor_seconds": ("floor, seconds", "{:.3g}"),
-    "times_the_floor": ("times the floor", "{:.1f}"),
     "waiting_share": ("waiting for the loader", "{:.1%}"),
     "dice_of_case": ("largest change of a case", "{:.5f}"),
     "change_of_dice": ("change of mean Dice", "{:.5f}"),
     "psnr": ("PSNR, dB", "{:.2f}"),
     "psnr_gain": ("gain, dB", "{:+.2f}"),
     "marked": ("share marked", "{:.3f}"),
-    "turned": ("of the contexts used, turned", "{:.0%}"),
-    "folded": ("folded voxels", "{:.2%}"),
     "correlation": ("Pearson, per label", "{:.2f}"),
     "rank_correlation": ("Spearman, per label", "{:.2f}"),
     "correlation_of_cases": ("Pearson, per case", "{:.2f}"),
@@ -174,7 +165,8 @@ def work(function: Callable[..., Iterator[Row]]) -> Callable[..., None]:
             made = {name: part.smallest() if hasattr(part, "smallest") else part for name, part in made.items()}
         torch.set_num_threads(run.threads)
         where = machine(run) | {"load": round(os.getloadavg()[0], 2)}
-        said = where | {"command": _command(function, given), "note": run.note}
+        typed = {name: value for name, value in given.items() if value != signature.parameters[name].default}
+        said = where | {"command": _command(function, typed), "note": run.note}
         for row in function(**made, **rest):
             print(f"{row.case:44s} {row.side:24s} {shown(row.figures)}", flush=True)
             if run.record:
@@ -232,7 +224,7 @@ def compare(sides: Mapping[str, Side], run: Run, pairs: int = 3) -> dict[str, di
     return found
 
 
-def rows(case: str, sides: Mapping[str, Mapping[str, float]], data: str = NOISE) -> Iterator[Row]:
+def rows(case: str, sides: Mapping[str, Mapping[str, float]], data: str) -> Iterator[Row]:
     """A row for every side of a comparison."""
     for side, figures in sides.items():
         yield Row(case, figures, data, side)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from benchmarks import hippocampus, pretrained, product, registration, training, tuning
+from benchmarks import hippocampus, pretrained, product, registration, tuning
 from benchmarks.hippocampus import SPLIT_FILE, Hippocampus, interval, misalign
 from scripts.checkpoint import atomic_save
 from scripts.inferer import ICLInferer
@@ -152,4 +152,4 @@ def test_a_unet_is_trained_on_the_contexts():
 def test_fine_tuning_keeps_what_is_there(cases, rows, tmp_path):
     (tmp_path / "out" / "stage2").mkdir(parents=True)
     with pytest.raises(FileExistsError, match="is not empty: give another --output_dir"):
-        rows(training.fine_tuning, **cases, output_dir=str(tmp_path / "out"))
+        rows(tuning.fine_tuning, **cases, output_dir=str(tmp_path / "out"))

@@ -8,8 +8,9 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/.ready
 	$(RUN) -m scripts.demo --output_dir demo_output --overwrite true
 
+# A file's tests stay with one worker, so that nothing is set up twice; in their order, for the last files are short.
 test: $(VENV)/.ready-dev
-	$(RUN) -m pytest -n auto --dist worksteal
+	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.ready-dev
 	$(RUN) -m ruff check .

@@ -1,8 +1,8 @@
 """Makes the tables of the benchmarks' page from the record: ``python -m benchmarks.page``.
 
 A table stands in ``docs/benchmarks.md`` between ``<!-- record: NAME -->`` and ``<!-- end -->``; NAME is a benchmark as
-``python -m benchmarks`` lists it (``network forward``), or ``list``, all of them. Of several measurements of the same
-thing the last counts, wherever it was made; what no command of today makes anew stays in the record alone.
+``python -m benchmarks`` lists it (``network forward``). Of several measurements of the same thing the last counts,
+wherever it was made; what no command makes anew stays in the record alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.__main__ import first_line, works
+from benchmarks.__main__ import works
 from benchmarks.measure import FIGURES, RECORD, written
 from scripts.runtime.atomic_files import write_text
 from scripts.runtime.commandline import main
@@ -57,20 +57,11 @@ def rendered(text: str, records: Sequence[Record]) -> str:
     known = dict(works())
 
     def block(found: re.Match) -> str:
-        name = found[2]
-        if name != "list":
-            known[name]
-        of_it = [record for record in records if record["benchmark"] == name]
-        lines = _commands(known) if name == "list" else _results(of_it)
+        known[found[2]]
+        lines = _results([record for record in records if record["benchmark"] == found[2]])
         return found[1] + "\n".join(["", *lines, ""]) + "\n" + found[3]
 
     return _BLOCK.sub(block, text)
-
-
-def _commands(known: Mapping[str, Any]) -> Iterator[str]:
-    yield from ("| `python -m benchmarks.…` | what it measures |", "|---|---|")
-    for name, function in known.items():
-        yield f"| `{name}` | {first_line(function).rstrip('.').replace('``', '`')} |"
 
 
 def _results(records: Sequence[Record]) -> Iterator[str]:
@@ -95,12 +86,11 @@ def _results(records: Sequence[Record]) -> Iterator[str]:
 
 
 def _origin(record: Record) -> str:
-    """Data, command, machine, commit and day; what is the same everywhere is left out."""
-    typed = record["command"].removeprefix(f"python -m benchmarks.{record['benchmark']}").strip()
+    """Data, command without what all begin with, machine, commit and day."""
+    typed = record["command"].removeprefix("python -m benchmarks.")
     machine = f"{record['device']}, {record['threads']} thread{'s' * (record['threads'] > 1)}"
-    parts = [record["data"], *([f"`{typed}`"] if typed else []), machine, record["commit"], record["date"][:10]]
+    said = "; ".join((record["data"], f"`{typed}`", machine, record["commit"], record["date"][:10]))
     note = f" {record['note'][0].upper()}{record['note'][1:]}." if record["note"] else ""
-    said = "; ".join(parts)
     return f"{said[0].upper()}{said[1:]}.{note}"
 
 

@@ -73,6 +73,9 @@ def test_every_benchmark_of_the_cases_says_what_it_measured(cases, rows):
     for row in found:
         dice, averaging, (gain, *_) = (row.figures[name] for name in ("dice", "averaging", "gain"))
         assert gain == pytest.approx(dice[0] - averaging)
+    float32, bfloat16 = rows(product.precision, **cases, context_size=1)
+    change = bfloat16.figures["dice"][0] - float32.figures["dice"][0]
+    assert bfloat16.figures["change_of_dice"] == pytest.approx(abs(change))
     read = rows(pretrained.reading, **cases, context_size=2, alignments=("aligned",))
     assert [row.case for row in read] == list(pretrained.MEANINGS.values())
     (corrupted, restored) = rows(pretrained.restoration, **cases, tasks=("inpainting",), context_size=2)

@@ -15,7 +15,6 @@ import functools
 import inspect
 import json
 import os
-import platform
 import resource
 import shlex
 import statistics
@@ -32,6 +31,7 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from tqdm import tqdm
 
+from scripts.runtime.manifest import environment
 from scripts.runtime.options import flag
 from scripts.runtime.precision import bfloat16_units
 
@@ -301,11 +301,11 @@ def timed(function: Callable[[], Any], device: str = "cpu", warm_ups: int = 1, r
 
 def machine(run: Run) -> dict[str, Any]:
     """What a figure is measured on, with which code, and when."""
-    name = torch.cuda.get_device_name(run.device) if run.device.startswith("cuda") else _processor()
+    found = environment(run.device)
     units = [unit for unit, there in bfloat16_units().items() if there]
     return {
-        "device": name,
-        "abilities": [torch.backends.cpu.get_cpu_capability(), *units],
+        "device": found.get("gpu", found["processor"]),
+        "abilities": [found["cpu_capability"], *units],
         "cores": len(os.sched_getaffinity(0)),
         "threads": run.threads,
         "torch": torch.__version__,
@@ -367,13 +367,6 @@ def _help(function: Callable, parts: Mapping[str, type]) -> str:
     own = [line for line in arguments.splitlines() if line.strip().split(":")[0] not in parts]
     shared = [inspect.cleandoc(part.__doc__).split("Attributes:\n")[1].split("\n\n")[0] for part in parts.values()]
     return "\n".join([text, "", "Args:", *shared, *own])
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str:

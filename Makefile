@@ -8,8 +8,9 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/.ready
 	$(RUN) -m scripts.demo --output_dir demo_output --overwrite true
 
+# A file's tests stay with one worker, so that nothing is set up twice; in their order, for the last files are short.
 test: $(VENV)/.ready-dev
-	$(RUN) -m pytest -n auto --dist worksteal
+	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.ready-dev
 	$(RUN) -m ruff check .
@@ -25,11 +26,10 @@ configs: $(VENV)/.ready
 docs: $(VENV)/.ready
 	$(RUN) -m scripts.apps.command.option_tables
 
-# Speed and memory, about 40 minutes on two cores that do nothing else; BENCH="--quick true" only shows that it runs,
+# Speed and memory, on cores that do nothing else; BENCH="--quick true" only shows that it runs,
 # BENCH="--record true" keeps the figures.
 BENCH ?=
-BENCHMARKS := loading.start network.forward network.memory network.labels network.contexts training.step \
-    loading.groups loading.wait
+BENCHMARKS := network.forward network.step network.memory network.labels loading.groups loading.wait
 
 bench: $(VENV)/.ready-dev
 	set -e; for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$${name%.*} $${name#*.} $(BENCH); done

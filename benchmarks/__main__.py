@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from importlib import import_module
+from typing import Any
 
-SUBJECTS = (
-    "network",
-    "training",
-    "loading",
-    "product",
-    "pretrained",
-    "confidence",
-    "registration",
-    "tuning",
-    "apps",
-    "on_device",
-)
+SUBJECTS = ("network", "loading", "product", "pretrained", "confidence", "registration", "tuning", "apps", "on_device")
+
+
+def works() -> Iterator[tuple[str, Any]]:
+    """Name, as the record has it, and function of every benchmark."""
+    for subject in SUBJECTS:
+        for name, function in import_module(f"benchmarks.{subject}").WORKS.items():
+            yield f"{subject} {name}", function
 
 
 def listing() -> str:
     """Every benchmark with what it measures, in a line each."""
-    lines = ["python -m benchmarks.SUBJECT WORK [--help]"]
-    for subject in SUBJECTS:
-        module = import_module(f"benchmarks.{subject}")
-        lines += ["", f"{subject}: {first_line(module)}"]
-        lines += [f"  {name:14s} {first_line(function)}" for name, function in module.WORKS.items()]
-    return "\n".join(lines)
+    lines = [f"{name:24s} {first_line(function)}" for name, function in works()]
+    return "\n".join(["python -m benchmarks.SUBJECT WORK [--help]", "", *lines])
 
 
 def first_line(documented: object) -> str:

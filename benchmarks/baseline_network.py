@@ -160,13 +160,13 @@ class BaselineNetwork(nn.Module):
         out_channels: int = 1,
         channels: Sequence[int] = (32, 64, 128, 256, 512),
         convs_per_block: int = 2,
-        spatial_size: int = 128,
+        spatial_size: Sequence[int] = (128, 128, 128),
     ) -> None:
         super().__init__()
         self.target_encoder = TargetEncoder(in_channels, channels, convs_per_block)
         self.context_unet = ContextUNet(in_channels + out_channels, channels, convs_per_block)
         self.target_decoder = TargetDecoder(out_channels, channels, convs_per_block)
-        self.register_buffer("grid", torch.tensor((spatial_size,) * 3))  # travels with the weights, otherwise unused
+        self.register_buffer("grid", torch.tensor(spatial_size))  # travels with the weights, otherwise unused
 
     def forward(self, target_in: Tensor, context_in: Tensor, context_out: Tensor, mini_context_size: int = 3) -> Tensor:
         """Adaptive parallel-sequential context processing, mini-contexts in order.

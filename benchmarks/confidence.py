@@ -43,14 +43,12 @@ def expected(
     context_size: int = 8,
     ensemble: int = 1,
     align: str = "deformable",
-    degraded: bool = True,
     seed: int = 0,
 ) -> Iterator[Row]:
     """How well the expected Dice of ``scripts.inference.confidence`` foretells the real one, on native voxels.
 
     Targets are the split's validation and test cases, contexts come from its training part. Every target is segmented
-    as it is, and once more after a degradation, ten of them in turn. A run goes on where the table in ``--output_dir``
-    ends.
+    as it is, and once more after a degradation, ten of them in turn.
 
     Args:
         run: how it is run.
@@ -61,7 +59,6 @@ def expected(
         context_size: contexts K.
         ensemble: predictions per target.
         align: how contexts are brought to a target: off, affine or deformable.
-        degraded: segment every target once more after a degradation.
         seed: of contexts, ensemble and degradations.
     """
     network = load_network(checkpoint)
@@ -70,20 +67,15 @@ def expected(
     predictor = ConfidentInferer(inferer, ensemble, self_test=True, seed=seed)
     split = read_split(split_file, find_datasets(dataset_dir)[0].cases())
     cases = sorted(case["case"] for part in ("val", "test") for case in split[part])[: 2 if run.quick else None]
-    table = Path(output_dir) / "expected_quality.csv"
-    rows = list(csv.DictReader(table.open(encoding="utf-8"))) if table.is_file() else []
-    done = {(row["case"], row["degradation"]) for row in rows}
+    rows = []
     predictor.prepare()
-    jobs = [(number, case, spoil) for spoil in (False, True)[: 1 + degraded] for number, case in enumerate(cases)]
-    for number, case, spoil in tqdm(jobs, "cases"):
-        degradation = DEGRADATIONS[number % len(DEGRADATIONS)] if spoil else None
-        kind = degradation.__name__ if degradation else PLAIN
-        if (case, kind) in done:
-            continue
-        image, label = read_pair(Path(dataset_dir), case)
+    for number, (degraded, case) in enumerate(tqdm([(d, case) for d in (False, True) for case in cases], "cases")):
+        kind, (image, label) = PLAIN, read_pair(Path(dataset_dir), case)
         wanted = label[0].numpy()
-        if degradation:
-            rng = np.random.default_rng([seed, number])
+        if degraded:
+            number -= len(cases)
+            degradation, rng = DEGRADATIONS[number % len(DEGRADATIONS)], np.random.default_rng([seed, number])
+            kind = degradation.__name__
             voxels, wanted = degradation(image[0].numpy(), wanted, rng.random(), rng)
             image = MetaTensor(np.ascontiguousarray(voxels, np.float32)[None], affine=image.affine)
         target = predictor.complete(inferer.target(image))
@@ -92,7 +84,8 @@ def expected(
             real = segmentation_metrics(prediction == value, wanted == value, np.asarray(image.affine))["dice"]
             if np.isfinite(real):  # cut off, and nothing found
                 rows.append(_row(case, kind, value, real, target.confidence))
-        write_text(_text(rows), table)
+    table = Path(output_dir) / "expected_quality.csv"
+    write_text(_text(rows), table)
     plot(rows, table.with_suffix(".png"))
     data = f"{Path(dataset_dir).name}, {len(cases)} cases, K={context_size}, --align {align}{weights(checkpoint)}"
     for group, figures in correlations(rows).items():

@@ -18,16 +18,16 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
+from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from scripts.data.preprocessing import bounding_box
 from scripts.data.synthesis.anatomy import AIR, Anatomy
-from scripts.data.synthesis.cohort import LESION
 from scripts.data.synthesis.contrast import Contrast, draw_contrast, draw_image
 from scripts.data.synthesis.label_map_anatomy import LabelMaps, map_names
 from scripts.data.synthesis.seeded_draws import Draws
-from scripts.data.synthesis.subject_pose import add_lesion, label_table, pool_labels
+from scripts.data.synthesis.subject_pose import label_table, pool_labels
 from scripts.runtime.atomic_files import write_json
 
 STRUCTURES = {
@@ -60,11 +60,8 @@ _VERSION = 1  # raised with every change after which the same settings give othe
 _MARGIN_MM = 12.0  # of air around an unturned head
 _LOWEST_MM = 6.0  # of what is shown below the cerebellum at the least
 _SUPERSAMPLING = 2
-_SLAB = 2  # planes of points
 _INTENSITY = 1000  # of the brightest voxel: scans are stored as whole numbers
 _CEREBELLUM = (7, 8, 46, 47)
-_FLUID = (24,)  # around the brain
-_AROUND_BRAIN = 500  # values from here on
 _OTHER_SIDE = {2: 41, 3: 42, 4: 43, 5: 44, 7: 46, 8: 47, 10: 49, 11: 50, 12: 51, 13: 52, 17: 53, 18: 54}
 _OTHER_SIDE |= {25: 57, 26: 58, 28: 60, 30: 62, 136: 137, 163: 164}
 _ELSE = 0.5  # mean of the tissues that a table does not have
@@ -140,7 +137,7 @@ class Heads:
         part: development or reporting.
         contrasts: of every target: T1-like, T2-like, then made-up ones.
         voxel_mm: edge of the scans' voxels.
-        seed: of people, contrasts, poses and lesions.
+        seed: of people, contrasts and poses.
 
     Raises:
         ValueError: no such part.
@@ -193,9 +190,6 @@ class HeadScenes:
         ValueError: the folder lacks held-out people, or has nobody else.
     """
 
-    classes = tuple(STRUCTURES)
-    """Names of the labels, first of label 1."""
-
     def __init__(self, label_maps: str, output_dir: str | Path) -> None:
         self.folder, self.output_dir = label_maps, Path(output_dir)
         names = map_names(label_maps)
@@ -226,7 +220,7 @@ class HeadScenes:
             dataset, kind = (folder / CONTEXTS, "Tr") if number else (folder / TARGETS, "Ts")
             _save(image, settings.voxel_mm, dataset / f"images{kind}" / f"{person}_0000.nii.gz")
             _save(label, settings.voxel_mm, dataset / f"labels{kind}" / f"{person}.nii.gz")
-        classes = {"background": 0} | {name: value for value, name in enumerate(self.classes, start=1)}
+        classes = {"background": 0} | {name: value for value, name in enumerate(STRUCTURES, start=1)}
         description = {"channel_names": {"0": "scan"}, "labels": classes, "file_ending": ".nii.gz"}
         write_json(description | {"numTraining": len(people)}, folder / CONTEXTS / "dataset.json")
         # last, so that a folder without it is one whose making was cut short
@@ -251,13 +245,8 @@ class HeadScenes:
             draws.number(),
         )
         seen = self._see(person, pose, voxel_mm / _SUPERSAMPLING)
-        seen, label = self._labelled(draws, seen)
         image = draw_image(draws, seen, torch.ones_like(seen, dtype=torch.bool), contrast, _SUPERSAMPLING)
-        return image, label, pose
-
-    def _labelled(self, draws: Draws, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Tissue numbers at the points of a scan, and its label map."""
-        return seen, _pooled(seen, self._anatomy.labels)
+        return image, _pooled(seen, self._anatomy.labels), pose
 
     def _see(self, person: str, pose: Pose, point_mm: float) -> Tensor:
         """Tissue numbers at the points of a scan's field of view."""
@@ -276,22 +265,10 @@ class HeadScenes:
         lowest = (shown @ turn.T + shift)[:, 2].amin() - _LOWEST_MM
         low[2] = lowest + pose.neck * (torch.minimum(head[:, 2].amin(), lowest) - lowest)
         size = (_SUPERSAMPLING * ((high - low) / point_mm / _SUPERSAMPLING).ceil()).long().tolist()
-        axes = [low[i] + point_mm * (torch.arange(n) + 0.5) - shift[i] for i, n in enumerate(size)]
-        axes = [axis.float().view([-1 if i == j else 1 for j in range(3)]) for i, axis in enumerate(axes)]
-        padded = torch.nn.functional.pad(subject.tissues, (1,) * 6)  # beyond the map there is air
-        flat, strides = padded.flatten(), (padded.shape[1] * padded.shape[2], padded.shape[2], 1)
-        back = (turn.T / spacing[:, None]).float()
-        seen = torch.empty(size, dtype=torch.uint8)
-        for start in range(0, size[0], _SLAB):  # what fits into a processor's cache is done several times as fast
-            part = [axes[0][start : start + _SLAB], *axes[1:]]
-            voxel = torch.zeros((len(part[0]), *size[1:]), dtype=torch.int32)
-            for axis, stride in enumerate(strides):
-                # a sum of three vectors along the axes: much cheaper than a matrix product for every point
-                place = sum(float(m) * a for m, a in zip(back[axis], part, strict=True))
-                place = place.add_(float(pivot[axis]) + 1).round_().clamp_(0, padded.shape[axis] - 1)
-                voxel.add_(place.int(), alpha=stride)
-            seen[start : start + _SLAB] = flat[voxel]
-        return seen
+        back = turn.T / spacing[:, None]
+        first = back @ (low + point_mm / 2 - shift) + pivot
+        seen = ndimage.affine_transform(subject.tissues.numpy(), back.numpy() * point_mm, first.numpy(), size, order=0)
+        return torch.from_numpy(seen)  # beyond the map there is air
 
     def _contrast(self, settings: Settings, number: int) -> Contrast:
         """The contrast that a number stands for, another draw for every target."""
@@ -329,31 +306,6 @@ class HeadScenes:
         labels = tuple(tuple(numbers[v] for v in values if v in numbers) for values in STRUCTURES.values())
         sides = tuple((numbers[b], numbers[a]) for a, b in _OTHER_SIDE.items() if a in numbers and b in numbers)
         return Anatomy((), (), (), labels, len(self._maps.values), sides, self._maps.kinds)
-
-
-class LesionScenes(HeadScenes):
-    """The same heads with one lesion in each brain, which is the label; somewhere else in everyone.
-
-    Lesions are those of :mod:`scripts.data.synthesis.subject_pose`, in all scans of an episode either bright or dark.
-    """
-
-    classes = (LESION,)
-
-    def _labelled(self, draws: Draws, seen: Tensor) -> tuple[Tensor, Tensor]:
-        lesion = self._anatomy.tissues
-        outside = torch.tensor([not 0 < v < _AROUND_BRAIN or v in _FLUID for v in self._maps.values.tolist()])
-        brain = seen.masked_fill(outside[seen.int()], AIR)
-        with_lesion = brain
-        while not (there := with_lesion == lesion).any():  # some subjects of cohorts have none, those here do
-            with_lesion = add_lesion(draws, brain, lesion)
-        seen = seen.masked_fill(there, lesion)
-        return seen, _pooled(seen, [(lesion,)])
-
-    def _contrast(self, settings: Settings, number: int) -> Contrast:
-        contrast = super()._contrast(settings, number)
-        draws = Draws((settings.seed, *settings.person.encode(), settings.contrast), 3)
-        means = torch.cat([contrast.means, torch.tensor([1.0 if draws.chance(0.5) else 0.02])])
-        return replace(contrast, means=means, spreads=torch.cat([contrast.spreads, torch.tensor([0.03])]))
 
 
 def contrast_name(number: int) -> str:

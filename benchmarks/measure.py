@@ -15,7 +15,6 @@ import functools
 import inspect
 import json
 import os
-import platform
 import resource
 import shlex
 import statistics
@@ -32,6 +31,7 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from tqdm import tqdm
 
+from scripts.runtime.manifest import environment
 from scripts.runtime.options import flag
 from scripts.runtime.precision import bfloat16_units
 
@@ -53,25 +53,16 @@ FIGURES = {
     "first_mask_seconds": ("first mask after, seconds", "{:.3g}"),
     "command_seconds": ("with the start", "{:.3g}"),
     "speedup": ("times faster", "{:.2f}×"),
-    "added_seconds": ("added seconds", "{:.2f}"),
     "peak_mib": ("peak MiB", "{:.0f}"),
     "memory": ("of the baseline's peak", "{:.2f}×"),
-    "of_float32": ("of our float32's peak", "{:.2f}×"),
-    "time_without": ("time without it", "{:.2f}×"),
-    "memory_without": ("peak without it", "{:.2f}×"),
     "growth": ("growth of the peak", "{:+.1%}"),
     "share_of_matrix_product": ("of the matrix-product rate", "{:.0%}"),
-    "gflops": ("GFLOP/s", "{:.0f}"),
-    "floor_seconds": ("floor, seconds", "{:.3g}"),
-    "times_the_floor": ("times the floor", "{:.1f}"),
     "waiting_share": ("waiting for the loader", "{:.1%}"),
     "dice_of_case": ("largest change of a case", "{:.5f}"),
     "change_of_dice": ("change of mean Dice", "{:.5f}"),
     "psnr": ("PSNR, dB", "{:.2f}"),
     "psnr_gain": ("gain, dB", "{:+.2f}"),
     "marked": ("share marked", "{:.3f}"),
-    "turned": ("of the contexts used, turned", "{:.0%}"),
-    "folded": ("folded voxels", "{:.2%}"),
     "correlation": ("Pearson, per label", "{:.2f}"),
     "rank_correlation": ("Spearman, per label", "{:.2f}"),
     "correlation_of_cases": ("Pearson, per case", "{:.2f}"),
@@ -174,7 +165,8 @@ def work(function: Callable[..., Iterator[Row]]) -> Callable[..., None]:
             made = {name: part.smallest() if hasattr(part, "smallest") else part for name, part in made.items()}
         torch.set_num_threads(run.threads)
         where = machine(run) | {"load": round(os.getloadavg()[0], 2)}
-        said = where | {"command": _command(function, given), "note": run.note}
+        typed = {name: value for name, value in given.items() if value != signature.parameters[name].default}
+        said = where | {"command": _command(function, typed), "note": run.note}
         for row in function(**made, **rest):
             print(f"{row.case:44s} {row.side:24s} {shown(row.figures)}", flush=True)
             if run.record:
@@ -232,7 +224,7 @@ def compare(sides: Mapping[str, Side], run: Run, pairs: int = 3) -> dict[str, di
     return found
 
 
-def rows(case: str, sides: Mapping[str, Mapping[str, float]], data: str = NOISE) -> Iterator[Row]:
+def rows(case: str, sides: Mapping[str, Mapping[str, float]], data: str) -> Iterator[Row]:
     """A row for every side of a comparison."""
     for side, figures in sides.items():
         yield Row(case, figures, data, side)
@@ -309,11 +301,11 @@ def timed(function: Callable[[], Any], device: str = "cpu", warm_ups: int = 1, r
 
 def machine(run: Run) -> dict[str, Any]:
     """What a figure is measured on, with which code, and when."""
-    name = torch.cuda.get_device_name(run.device) if run.device.startswith("cuda") else _processor()
+    found = environment(run.device)
     units = [unit for unit, there in bfloat16_units().items() if there]
     return {
-        "device": name,
-        "abilities": [torch.backends.cpu.get_cpu_capability(), *units],
+        "device": found.get("gpu", found["processor"]),
+        "abilities": [found["cpu_capability"], *units],
         "cores": len(os.sched_getaffinity(0)),
         "threads": run.threads,
         "torch": torch.__version__,
@@ -375,13 +367,6 @@ def _help(function: Callable, parts: Mapping[str, type]) -> str:
     own = [line for line in arguments.splitlines() if line.strip().split(":")[0] not in parts]
     shared = [inspect.cleandoc(part.__doc__).split("Attributes:\n")[1].split("\n\n")[0] for part in parts.values()]
     return "\n".join([text, "", "Args:", *shared, *own])
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str:

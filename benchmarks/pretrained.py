@@ -10,13 +10,12 @@ from monai.metrics import PSNRMetric, compute_dice
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.head_scenes import HELD_OUT, STRUCTURES
 from benchmarks.hippocampus import ALIGNMENTS, SHIPPED, Hippocampus, Pair, interval, weights
 from benchmarks.measure import Row, Run, work
 from benchmarks.product import gain_row
 from scripts.checkpoint import load_network
 from scripts.data.label_decision import MASK_THRESHOLD
-from scripts.data.synthesis.cohort import LESION, show_anatomy, synthesize_cohort
+from scripts.data.synthesis.cohort import LESION, synthesize_cohort
 from scripts.data.synthesis.label_map_anatomy import LabelMaps, map_names
 from scripts.data.tasks import find_task
 from scripts.inference.context_source import gather_contexts
@@ -72,53 +71,6 @@ def cohorts(
             found.append(label_scores(network, cohort.images, masks, size).mean(0))
     for size, found in scores.items():
         yield gain_row(f"K={size}", np.array(found), data + weights(checkpoint))
-
-
-@work
-def brains(
-    run: Run,
-    label_maps: str,
-    checkpoint: str = SHIPPED,
-    held_out: Sequence[str] = HELD_OUT,
-    context_sizes: Sequence[int] = (1, 4, 8),
-    contrasts: int = 6,
-    spread: float = 0.2,
-    seed: int = 0,
-) -> Iterator[Row]:
-    """Dice of ten structures in brains that were never trained on, in made-up contrasts, and gain over averaging.
-
-    Targets are the held-out people, contexts other people of the folder, all in one contrast, another one each time.
-    The grid shows the box around the structures.
-
-    Args:
-        run: how it is run.
-        label_maps: folder of label maps.
-        checkpoint: weights.
-        held_out: names of the targets' files, without ending; the others give the contexts.
-        context_sizes: numbers of contexts K.
-        contrasts: of every target.
-        spread: how far the people are put apart, see ``--cohort_spread``.
-        seed: of contrasts, contexts and poses.
-    """
-    if run.quick:
-        held_out, context_sizes, contrasts = held_out[:1], (1,), 1
-    network = load_network(checkpoint).to(run.device).eval()
-    grid, maps = network.grid.tolist(), LabelMaps(label_maps)
-    others = [name for name in maps.names if name not in held_out]
-    scores = {size: [] for size in context_sizes}
-    for target, contrast in tqdm([(name, number) for name in held_out for number in range(contrasts)], "brains"):
-        key = (seed, maps.names.index(target), contrast)
-        people = [target, *np.random.default_rng(key).choice(others, max(context_sizes), replace=False).tolist()]
-        cohort = show_anatomy(key, maps.of(people, list(STRUCTURES.values()), grid), len(people), grid, spread)
-        masks = torch.stack([cohort.labels == k + 1 for k in range(len(STRUCTURES))]).float()
-        for size, found in scores.items():
-            found.append(label_scores(network, cohort.images, masks, size))
-    data = f"{len(held_out)} brains in {contrasts} made-up contrasts each{weights(checkpoint)}"
-    for size, found in scores.items():
-        found = np.stack(found)  # (targets, structures, 2)
-        yield gain_row(f"K={size}", found.mean(1), data)
-        for name, scored in zip(STRUCTURES, found.swapaxes(0, 1), strict=True):
-            yield gain_row(f"K={size}", scored, data)._replace(side=name)
 
 
 @work
@@ -256,7 +208,7 @@ def _dice(scores: Tensor, wanted: Tensor) -> float:
     return compute_dice((scores > MASK_THRESHOLD).float(), wanted, ignore_empty=False).item()
 
 
-WORKS = {"cohorts": cohorts, "brains": brains, "restoration": restoration, "reading": reading}
+WORKS = {"cohorts": cohorts, "restoration": restoration, "reading": reading}
 
 if __name__ == "__main__":
     main(WORKS)

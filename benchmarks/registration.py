@@ -49,14 +49,13 @@ def votes(
                 find = sitk_votes if step == "sitk" else _votes
                 progress = tqdm(episodes, f"{alignment} K={size} {step}")
                 found = [find(target, pool[:size], step) for target, pool in progress]
-                dice, seconds, cpu_seconds, folded = map(np.array, zip(*found, strict=True))
+                dice, seconds, cpu_seconds = zip(*found, strict=True)
                 figures = {"dice": interval(dice), "seconds": np.median(seconds), "cpu_seconds": np.median(cpu_seconds)}
-                figures |= {"folded": folded.max()}
                 yield Row(f"{alignment}, K={size}", figures, cases.described, step)
 
 
-def _votes(target: Pair, contexts: Sequence[Pair], mode: str) -> tuple[float, float, float, float]:
-    """Dice, seconds, processor seconds and the largest share of folded voxels."""
+def _votes(target: Pair, contexts: Sequence[Pair], mode: str) -> tuple[float, float, float]:
+    """Dice, seconds and processor seconds."""
     started, used = time.perf_counter(), time.process_time()
     found = align(target[0], [image for image, _ in contexts], mode)
     passed, used = time.perf_counter() - started, time.process_time() - used
@@ -64,11 +63,11 @@ def _votes(target: Pair, contexts: Sequence[Pair], mode: str) -> tuple[float, fl
     images = torch.stack([found.warp(image, k, *grid) for k, (image, _) in enumerate(contexts)])
     masks = torch.stack([found.warp(_masks(label), k, *grid) for k, (_, label) in enumerate(contexts)])
     dice = _dice(target, images, masks, found.kind, found.aligned if found.aligned.any() else None)
-    return dice, passed, used, float(found.folded.max())
+    return dice, passed, used
 
 
-def sitk_votes(target: Pair, contexts: Sequence[Pair], _: str = "sitk") -> tuple[float, float, float, float]:
-    """The same with SimpleITK; folded voxels are not counted."""
+def sitk_votes(target: Pair, contexts: Sequence[Pair], _: str = "sitk") -> tuple[float, float, float]:
+    """The same with SimpleITK."""
     started, used = time.perf_counter(), time.process_time()
     fixed = _sitk(target[0])
     transforms = [_sitk_transform(fixed, _sitk(image)) for image, _ in contexts]
@@ -83,7 +82,7 @@ def sitk_votes(target: Pair, contexts: Sequence[Pair], _: str = "sitk") -> tuple
 
     images = torch.stack([warp(i, i.affine, t) for (i, _), t in zip(contexts, transforms, strict=True)])
     masks = torch.stack([warp(_masks(m), m.affine, t) for (_, m), t in zip(contexts, transforms, strict=True)])
-    return _dice(target, images, masks, "intensity", None), passed, used, 0.0
+    return _dice(target, images, masks, "intensity", None), passed, used
 
 
 def _sitk(volume: MetaTensor) -> sitk.Image:

@@ -1,11 +1,16 @@
-"""Minutes of training on the contexts themselves: Dice of tuning, and of a plain U-Net on the same contexts."""
+"""Minutes of training: tuning on the contexts themselves, a plain U-Net on the same, fine-tuning on sixty cases."""
 
 from __future__ import annotations
 
 import copy
+import shlex
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,17 +23,20 @@ from monai.utils import set_determinism
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.hippocampus import SHIPPED, Hippocampus, Pair, interval, mean_dice, weights
+from benchmarks.hippocampus import SHIPPED, SPLIT_FILE, Hippocampus, Pair, interval, mean_dice, weights
 from benchmarks.measure import Row, Run, work
+from benchmarks.product import case_scores
 from scripts.checkpoint import load_network
 from scripts.data.preprocessing import PlacedScores, Preprocessing
 from scripts.inference.views import EVEN_SHARE
 from scripts.inferer import ICLInferer
+from scripts.runtime import termination
 from scripts.runtime.commandline import main
 
 _CHANNELS = (16, 32, 64, 128)
 _BATCH = 2
 _START = "as it came"
+_FINE_TUNING = "--augment false --num_workers 0 --groups_per_epoch 20 --val_interval 1000 --context_size [2,6]"
 
 
 @work
@@ -79,6 +87,69 @@ def minutes(
             figures = {"dice": interval(dice)} | ({} if name == _START else {"gain": interval(dice - before)})
             figures |= {key: float(np.mean([found[name][key] for found in choices])) for key in choices[0][name]}
             yield Row(f"K={size}, --align {align}", figures, data, name)
+
+
+@work
+def fine_tuning(
+    run: Run,
+    cases: Hippocampus,
+    output_dir: str,
+    checkpoint: str = SHIPPED,
+    minutes: Sequence[float] = (2, 5, 10),
+    context_size: int = 8,
+    learning_rate: float = 2e-4,
+    scratch_learning_rate: float = 1e-3,
+    align: str = "deformable",
+    options: str = _FINE_TUNING,
+) -> Iterator[Row]:
+    """Dice against minutes of fine-tuning on the pool's 60 cases, from given weights and from scratch.
+
+    Both train with ``configs/train_stage2.json``. At every mark the run gets SIGTERM, which it answers with a
+    checkpoint; that is scored, and the run is resumed. The minutes are those of the training commands, start included.
+
+    Args:
+        run: how it is run.
+        cases: targets to score.
+        output_dir: a new folder for the runs.
+        checkpoint: weights to start from; the other run has its widths and grid.
+        minutes: marks, ascending.
+        context_size: contexts K in scoring.
+        learning_rate: of the run from weights.
+        scratch_learning_rate: of the run from scratch.
+        align: how contexts are brought to a target in scoring.
+        options: further options of both, as on a command line.
+
+    Raises:
+        FileExistsError: the output folder is not empty.
+        ValueError: a training failed, or ended before its time.
+    """
+    if Path(output_dir).is_dir() and any(Path(output_dir).iterdir()):
+        raise FileExistsError(f"{output_dir} is not empty: give another --output_dir")
+    if run.quick:
+        minutes = (0.5,)
+    network = load_network(checkpoint)
+    layout = f"--channels '{list(network.channels)}' --spatial_size '{network.grid.tolist()}'"
+    starts = {
+        "from the weights": f"--init_checkpoint {shlex.quote(checkpoint)} --learning_rate {learning_rate}",
+        "from scratch": f"--init_checkpoint none {layout} --learning_rate {scratch_learning_rate}",
+    }
+
+    def scored(side: str, passed: float, path: str | Path) -> Row:
+        found = case_scores(load_network(path), cases, (context_size,), "aligned", run.device, align)[context_size]
+        data = f"{cases.described}, K={context_size}{weights(checkpoint)}"
+        return Row(f"{passed:.0f} min", {"dice": interval(found[:, 0])}, data, side)
+
+    yield scored("from the weights", 0, checkpoint)
+    for name, start in starts.items():
+        folder = Path(output_dir) / name.replace(" ", "_")
+        passed = 0.0
+        for mark in minutes:
+            passed += _train(
+                f"{start} --dataset_dir {shlex.quote(cases.dataset_dir)} --output_dir {shlex.quote(str(folder))} "
+                f"--device {run.device} --split_file {SPLIT_FILE} --epochs 100000 --resume {passed > 0} {options}",
+                60 * (mark - passed),
+            )
+            yield scored(name, passed, folder / "stage2" / "last.pt")
 
 
 def _choice(
@@ -208,7 +279,23 @@ def _batches(images: Tensor, classes: Tensor) -> Iterator[tuple[Tensor, Tensor]]
         yield tuple(torch.stack([pair[key].as_tensor() for pair in made]) for key in ("image", "label"))
 
 
-WORKS = {"minutes": minutes}
+def _train(options: str, seconds: float) -> float:
+    """Run stage 2 until the time is over; how many minutes it took with its last group."""
+    started = time.monotonic()
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/train_stage2.json"]
+    process = subprocess.Popen([*command, *shlex.split(options)])
+    try:
+        process.wait(timeout=max(seconds, 1))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+    finally:
+        status = process.wait()
+    if status != termination.STATUS:
+        raise ValueError(f"the training ended with status {status} instead of being stopped")
+    return (time.monotonic() - started) / 60
+
+
+WORKS = {"minutes": minutes, "fine_tuning": fine_tuning}
 
 if __name__ == "__main__":
     main(WORKS)

@@ -26,7 +26,8 @@ import torch
 from scripts.checkpoint import load_state
 from scripts.data.files import read_json
 from scripts.runtime.atomic_files import write_json
-from scripts.runtime.manifest import MANIFEST, ROOT, bundle_identity, environment, file_sha256, revision
+from scripts.runtime.manifest import MANIFEST, ROOT, bundle_identity, environment, revision
+from scripts.runtime.output_folder import file_sha256
 
 GPU_WEIGHT_TOLERANCE = 1e-3
 """On a GPU: largest distance of the weights, relative to their norm, that counts as the same."""

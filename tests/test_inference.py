@@ -110,14 +110,6 @@ def test_done_cases_are_skipped_only_when_nothing_changed(data, weights, tmp_pat
     assert all(p.stat().st_mtime_ns > t for p, t in stamps.items())
 
 
-def test_a_run_cut_short_is_finished_by_the_same_command(data, weights, tmp_path):
-    infer(tmp_path, data, weights, overlays=False)
-    report = json.loads((tmp_path / "report.json").read_text())
-    name, _ = report["cases"].popitem()  # killed between writing the answer and the report
-    (tmp_path / "report.json").write_text(json.dumps(report))
-    assert name in infer(tmp_path, data, weights, overlays=False)["cases"]
-
-
 def test_properties_may_be_checked_before_the_run(data, weights, tmp_path):
     workflow = ConfigWorkflow(
         "configs/inference.json",
@@ -256,25 +248,6 @@ def test_larger_target_is_tiled_and_smaller_one_padded():
     answer = predictor.predict(MetaTensor(large, affine=torch.eye(4)))
     assert torch.equal(answer.as_tensor(), (large > 0.5).to(torch.uint8))
     assert {shape for shape, _ in network.calls} == {(1, 1, 16, 16, 16)} and len(network.calls) > 1
-
-
-@pytest.mark.parametrize("axes", ["RAS", "LPI", "SAR", "AIL"])
-def test_reoriented_input_gives_the_reoriented_answer(axes):
-    predictor = ICLInferer(Copy(), device="cpu", spacing=1.0, align="off")
-    predictor.set_context(*contexts())
-    affine = np.diag([1.0, 1.0, 1.0, 1.0])
-    affine[:3, 3] = (-7, 3, 11)
-    source = nib.Nifti1Image(ball((14, 12, 10), radius=3.5) + 0.3 * ball((14, 12, 10), radius=6), affine)
-    turned = source.as_reoriented(
-        nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(axes))
-    )
-    plain = predictor.predict((source.get_fdata(), source.affine))
-    answer = predictor.predict((turned.get_fdata(), turned.affine))
-    assert plain.any() and np.allclose(answer.affine, turned.affine)
-    back = nib.Nifti1Image(answer[0].numpy(), np.asarray(answer.affine)).as_reoriented(
-        nib.orientations.ornt_transform(nib.io_orientation(turned.affine), nib.io_orientation(affine))
-    )
-    assert np.array_equal(np.asarray(back.dataobj), plain[0].numpy())
 
 
 def test_target_that_is_a_context_by_content(tmp_path, data):

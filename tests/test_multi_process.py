@@ -3,15 +3,11 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from ignite.engine import Events
-from monai.bundle import ConfigWorkflow
 
 from scripts.checkpoint import load_network
 from scripts.data.synthesis.cohort_writer import write_cohorts
@@ -118,39 +114,6 @@ def test_one_rank_writes_and_its_weights_have_plain_names(reports):
     assert load_network(folder / "model.pt").channels == (4, 8)
     assert len(list((folder / "tensorboard").glob("events*"))) == 1
     assert len((folder / "metrics.csv").read_text().splitlines()) == 1 + 2
-
-
-def test_killing_one_rank_ends_the_other_and_the_run_can_be_resumed(data, tmp_path):
-    run = tmp_path / "stage1"
-    process = start(*command("stage1", tmp_path, data, epochs=500), start_new_session=True)
-    try:
-        deadline = time.monotonic() + 120
-        while not (run / "last.pt").is_file():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.2)
-        ranks = [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()]
-        assert len(ranks) == 2
-        os.kill(ranks[1], signal.SIGKILL)
-        output, _ = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode != 0 and "SIGKILL" in output
-    for pid in ranks:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
-    epochs = torch.load(run / "last.pt", weights_only=True)["trainer"]["iteration"] // 2
-    # on one process: an epoch has all its groups there
-    options = OPTIONS | {"dataset_dir": str(data), "output_dir": str(tmp_path), "epochs": epochs + 1, "resume": True}
-    workflow = ConfigWorkflow("configs/train_stage1.json", workflow_type="train", **options)
-    workflow.initialize()
-    groups = []
-    trainer = workflow.parser.get_parsed_content("train#trainer")
-    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: groups.append(engine.state.epoch))
-    workflow.run()
-    workflow.finalize()
-    assert groups == [epochs + 1] * OPTIONS["groups_per_epoch"]
-    assert len((run / "metrics.csv").read_text().splitlines()) == 1 + epochs + 1
 
 
 def test_what_cannot_join_is_told_why(monkeypatch):

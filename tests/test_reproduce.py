@@ -10,7 +10,8 @@ import torch
 
 from scripts.data.synthesis.cohort_writer import write_cohorts
 from scripts.reproduce import compare, differences, reproduce
-from scripts.runtime.manifest import MANIFEST, file_sha256
+from scripts.runtime.manifest import MANIFEST
+from scripts.runtime.output_folder import file_sha256
 from tests.workflows import SMALL, run_workflow
 
 

@@ -9,15 +9,14 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor, NrrdReader
-from monai.transforms import LoadImage, MapTransform
+from monai.transforms import LoadImage
 from monai.utils import optional_import
 
 from scripts.data.grids import grid_difference, on_axes_of
@@ -253,14 +252,6 @@ def pair_digest(image: MetaTensor, label: MetaTensor | None, image_digest: str |
     parts = [image_digest or volume_digest(image), volume_digest(label) if label is not None else ""]
     geometry = (np.round(np.asarray(image.affine, dtype=float), 3) + 0.0).tolist()  # -0 becomes 0
     return hashlib.sha256(f"{''.join(parts)}{geometry}".encode()).hexdigest()
-
-
-class LoadVolumed(MapTransform):
-    """Reads paths with :func:`load_volume`."""
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Each key: path -> ``(1, H, W, D)`` float32."""
-        return {**data, **{key: load_volume(data[key]) for key in self.key_iterator(data)}}
 
 
 def _load(path: str | os.PathLike, exact: bool) -> MetaTensor:

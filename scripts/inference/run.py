@@ -24,7 +24,8 @@ from scripts.inference.target import Target
 from scripts.inference.target_source import TargetSource
 from scripts.reporting.report_files import REPORT, remove_shards
 from scripts.reporting.report_page import PAGE
-from scripts.runtime.manifest import file_sha256, write_manifest
+from scripts.runtime.manifest import write_manifest
+from scripts.runtime.output_folder import file_sha256
 from scripts.runtime.processes import meet_processes
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from scripts.runtime.output_folder import write_text
+from scripts.runtime.output_folder import file_sha256, write_text
 
 MANIFEST = "manifest.json"
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,12 +99,6 @@ def revision() -> str:
         return _UNKNOWN
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
     return _output(command) or _UNKNOWN
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _processor() -> str:

@@ -88,7 +88,7 @@ class OutputFolder:
         name = self._name(path)
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in self._patterns):
             return True
-        return name in self._written and _sha256(path) in self._written[name]
+        return name in self._written and file_sha256(path) in self._written[name]
 
     def has_record_of(self, path: str | os.PathLike) -> bool:
         """Whether this program has ever written a file of this name, or was about to."""
@@ -231,7 +231,7 @@ class OutputFolder:
                 continue
 
     def _line(self, path: Path, content: str | os.PathLike) -> dict[str, str]:
-        return {"file": self._name(path), "sha256": _sha256(content)}
+        return {"file": self._name(path), "sha256": file_sha256(content)}
 
     def _note(self, *lines: dict[str, str]) -> None:
         self.open()
@@ -465,7 +465,8 @@ def signature(path: str | os.PathLike) -> tuple[int, ...] | None:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _sha256(path: str | os.PathLike) -> str:
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

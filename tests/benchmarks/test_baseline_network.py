@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.baseline_network import BaselineNetwork
-from benchmarks.network import make_episode, make_network, probe
+from benchmarks.network import Case, make_episode, make_network, probe
 from scripts.checkpoint import authors_key, from_authors, network_from_state, read_checkpoint
 from scripts.losses import SmoothL3L1Loss
 
@@ -17,7 +17,11 @@ WIDTHS = [(2, 4), (4, 6, 8), (4, 4, 8)]
 
 
 def both(channels):
-    return (make_network(kind, channels, 16).eval() for kind in ("baseline", "ours"))
+    return (make_network(kind, Case(channels, (16, 16, 16), 1)).eval() for kind in ("baseline", "ours"))
+
+
+def episode(context_size):
+    return make_episode(Case((), (8, 8, 8), context_size))
 
 
 @torch.no_grad()
@@ -25,7 +29,7 @@ def both(channels):
 @pytest.mark.parametrize("mini_context_size", [1, 2, 5])
 def test_it_computes_what_ours_does(channels, mini_context_size):
     baseline, ours = both(channels)
-    target, images, masks = make_episode(8, 5)
+    target, images, masks = episode(5)
     expected = baseline(target, images, masks, mini_context_size)
     torch.testing.assert_close(ours(target, images, masks, mini_context_size), expected, atol=1e-5, rtol=1e-5)
     assert expected.std() > 1e-3
@@ -34,7 +38,7 @@ def test_it_computes_what_ours_does(channels, mini_context_size):
 
 @torch.no_grad()
 def test_a_batch_does_not_mix():
-    baseline = make_network("baseline", (2, 4), 8)
+    baseline, _ = both((2, 4))
     target, images, masks = torch.rand(2, 1, 8, 8, 8), torch.rand(2, 3, 1, 8, 8, 8), torch.rand(2, 3, 1, 8, 8, 8)
     whole = baseline(target, images, masks, 2)
     for i in range(2):
@@ -45,7 +49,7 @@ def test_a_batch_does_not_mix():
 def test_gradients_are_those_of_ours(mini_context_size):
     gradients = []
     for network in both((2, 4)):
-        network(*make_episode(8, 3), mini_context_size).square().mean().backward()
+        network(*episode(3), mini_context_size).square().mean().backward()
         gradients.append({name: parameter.grad for name, parameter in network.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-3)

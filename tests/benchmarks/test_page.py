@@ -5,16 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from benchmarks import page as pages
-from benchmarks.__main__ import SUBJECTS, listing
-from benchmarks.measure import FIGURES, RECORD, Run
-from benchmarks.page import PAGE, TARGETS, latest, page, rendered, works
+from benchmarks.__main__ import SUBJECTS, listing, works
+from benchmarks.measure import FIGURES, RECORD
+from benchmarks.page import PAGE, latest, rendered
 
 TEXT = PAGE.read_text(encoding="utf-8")
 LINE = {
@@ -26,44 +24,37 @@ LINE = {
 }
 LINE |= {"abilities": ["AVX2"], "threads": 2, "commit": "abc", "date": "2026-11-01T00:00:00", "note": ""}
 LINE |= {"command": "python -m benchmarks.network forward", "figures": {"speedup": 1.9}}
-TARGET = {"benchmark": "network forward", "case": "64³", "side": "ours", "figure": "speedup", "at_least": 2.2}
 
 
-@pytest.fixture
-def record(tmp_path, monkeypatch):
-    """``record(*changes) -> list``: the latest lines of a record, and a target beside them."""
-    monkeypatch.setattr(pages, "TARGETS", tmp_path / "targets.json")
-    pages.TARGETS.write_text(json.dumps([TARGET]))
-
-    def write(*changes):
-        path = tmp_path / "record.jsonl"
-        path.write_text("".join(json.dumps(LINE | change) + "\n" for change in changes))
-        return latest(path)
-
-    return write
+def latest_of(tmp_path, *changes):
+    """The latest lines of a record."""
+    path = tmp_path / "record.jsonl"
+    path.write_text("".join(json.dumps(LINE | change) + "\n" for change in changes))
+    return latest(path)
 
 
 def test_the_page_is_current():
     assert rendered(TEXT, latest()) == TEXT, "python -m benchmarks.page makes it anew"
 
 
-def test_every_benchmark_has_its_place_and_every_line_a_benchmark():
-    known = dict(works())
-    shown = re.findall(r"<!-- record: ([\w ]+) -->", TEXT)
-    assert sorted(shown) == sorted([*known, "list", "targets"])
+def test_every_benchmark_has_its_place():
+    assert sorted(re.findall(r"<!-- record: ([\w ]+) -->", TEXT)) == sorted(dict(works()))
+
+
+def test_every_line_says_where_it_comes_from():
     for line in map(json.loads, RECORD.read_text(encoding="utf-8").splitlines()):
-        assert line["benchmark"] in known and line["figures"] and line["figures"].keys() <= FIGURES.keys()
+        assert line["figures"] and line["figures"].keys() <= FIGURES.keys()
         assert line["data"] and line["device"] and line["threads"] and line["commit"] and line["date"]
         assert line["command"].startswith((f"python -m benchmarks.{line['benchmark']}", "by hand"))
         assert "/work" not in json.dumps(line) and "/tmp" not in json.dumps(line) and "dirty" not in line["commit"]
+    assert {line["benchmark"] for line in latest()} <= dict(works()).keys()
 
 
 def test_every_benchmark_is_listed():
-    said = listing()
     for subject in SUBJECTS:
         module = import_module(f"benchmarks.{subject}")
-        made = re.findall(r"@work\ndef (\w+)", inspect.getsource(module))
-        assert made == list(module.WORKS) and all(f"\n  {name} " in said for name in made)
+        assert re.findall(r"@work\ndef (\w+)", inspect.getsource(module)) == list(module.WORKS)
+    assert all(f"\n{name} " in listing() for name, _ in works())
 
 
 def test_pages_name_benchmarks_that_exist():
@@ -74,56 +65,26 @@ def test_pages_name_benchmarks_that_exist():
             assert f"{subject} {name}" in known, f"{path}: benchmarks.{subject} {name}"
 
 
-def test_the_page_explains_every_common_option():
-    assert set(re.findall(r"^\| `--(\w+)` \|", TEXT, re.MULTILINE)) == {field.name for field in fields(Run)}
+def test_the_last_measurement_counts_and_what_no_command_makes_is_not_shown(tmp_path):
+    newer = {"device": "another", "figures": {"speedup": 2.6}}
+    found = latest_of(tmp_path, {}, {"case": "128³"}, newer, {"command": "by hand", "case": "0³"})
+    assert [(line["case"], line["figures"]["speedup"]) for line in found] == [("128³", 1.9), ("64³", 2.6)]
 
 
-def test_targets_are_of_benchmarks_and_figures_that_exist():
-    for target in json.loads(TARGETS.read_text(encoding="utf-8")):
-        assert target["benchmark"] in dict(works()) and target["figure"] in FIGURES
-        assert ("at_least" in target) != ("at_most" in target)
-
-
-def test_the_last_measurement_of_a_machine_counts(record):
-    found = record({}, {"device": "another"}, {"figures": {"speedup": 2.6}, "commit": "def"})
-    assert [(line["device"], line["figures"]["speedup"]) for line in found] == [("a processor", 2.6), ("another", 1.9)]
-    text = rendered("<!-- record: targets -->\nold\n<!-- end -->", found)
-    assert "old" not in text and "| ≥ 2.20× | 2.60× | yes | a processor, 2026-11-01 |" in text
-    assert "| 1.90× | no | another, 2026-11-01 |" in text
-    assert "| ≥ 2.20× | – | – | – |" in rendered("<!-- record: targets -->\n<!-- end -->", record({"case": "other"}))
-
-
-def test_a_table_has_what_was_measured_together_and_says_where(record):
-    lines = record(
+def test_a_table_has_what_was_measured_together_and_says_where(tmp_path):
+    lines = latest_of(
+        tmp_path,
         {"side": "baseline", "figures": {"seconds": 5.0}, "note": "busy"},
         {"figures": {"dice": [0.5, 0.4, 0.6]}, "note": "busy"},
-        {"case": "128³", "commit": "def"},
+        {"case": "128³", "commit": "def", "command": LINE["command"] + " --pairs 1"},
     )
-    text = rendered("before\n<!-- record: network forward -->\n<!-- end -->\nafter", lines)
-    assert text.startswith("before\n") and text.endswith("\nafter")
-    assert "`python -m benchmarks.network forward`, a processor (AVX2), 2 threads, abc, 2026-11-01. Busy." in text
+    text = rendered("before\n<!-- record: network forward -->\nold\n<!-- end -->\nafter", lines)
+    assert text.startswith("before\n") and text.endswith("\nafter") and "old" not in text
+    assert "Random volumes; `network forward`; a processor, 2 threads; abc; 2026-11-01. Busy." in text
+    assert "Random volumes; `network forward --pairs 1`; a processor, 2 threads; def" in text
     assert "| | | Dice | seconds |" in text and "| 64³ | baseline |  | 5 |" in text
     assert "|  | ours | 0.500 [0.400, 0.600] |  |" in text and "| 128³ | ours | 1.90× |" in text
     assert rendered(text, lines) == text
-    assert "Not measured yet." in rendered("<!-- record: network volume -->\n<!-- end -->", lines)
+    assert "Not measured yet." in rendered("<!-- record: network step -->\n<!-- end -->", lines)
     with pytest.raises(KeyError, match="network nothing"):
         rendered("<!-- record: network nothing -->\n<!-- end -->", lines)
-
-
-def test_the_picture_is_drawn_of_what_was_measured(record, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    made = tmp_path / "page.md"
-    made.write_text("<!-- record: network contexts -->\n<!-- end -->")
-    curve = [
-        {"benchmark": "network contexts", "case": f"L={n}, 64³", "side": side, "figures": {"seconds": n, "peak_mib": 9}}
-        for n in (1, 8)
-        for side in ("baseline", "ours")
-    ]
-    lines = record(*curve)
-    monkeypatch.setattr(pages, "latest", lambda: lines)
-    monkeypatch.setattr(pages, "PICTURE", tmp_path / "curve.png")
-    page(str(made))
-    assert (
-        Path(pages.PICTURE).read_bytes().startswith(b"\x89PNG")
-        and "| L=8, 64³ | baseline | 8 | 9 |" in made.read_text()
-    )

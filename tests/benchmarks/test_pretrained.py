@@ -8,7 +8,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from benchmarks import hippocampus, pretrained, product, registration, training, tuning
+from benchmarks import hippocampus, pretrained, product, registration, tuning
 from benchmarks.hippocampus import SPLIT_FILE, Hippocampus, interval, misalign
 from scripts.checkpoint import atomic_save
 from scripts.inferer import ICLInferer
@@ -73,6 +73,9 @@ def test_every_benchmark_of_the_cases_says_what_it_measured(cases, rows):
     for row in found:
         dice, averaging, (gain, *_) = (row.figures[name] for name in ("dice", "averaging", "gain"))
         assert gain == pytest.approx(dice[0] - averaging)
+    float32, bfloat16 = rows(product.precision, **cases, context_size=1)
+    change = bfloat16.figures["dice"][0] - float32.figures["dice"][0]
+    assert bfloat16.figures["change_of_dice"] == pytest.approx(abs(change))
     read = rows(pretrained.reading, **cases, context_size=2, alignments=("aligned",))
     assert [row.case for row in read] == list(pretrained.MEANINGS.values())
     (corrupted, restored) = rows(pretrained.restoration, **cases, tasks=("inpainting",), context_size=2)
@@ -152,4 +155,4 @@ def test_a_unet_is_trained_on_the_contexts():
 def test_fine_tuning_keeps_what_is_there(cases, rows, tmp_path):
     (tmp_path / "out" / "stage2").mkdir(parents=True)
     with pytest.raises(FileExistsError, match="is not empty: give another --output_dir"):
-        rows(training.fine_tuning, **cases, output_dir=str(tmp_path / "out"))
+        rows(tuning.fine_tuning, **cases, output_dir=str(tmp_path / "out"))

@@ -1,7 +1,7 @@
 """Whole-head scans: the same for a seed, poses within range, people kept apart, and the public path."""
 
 import json
-from pathlib import Path
+import shlex
 
 import nibabel as nib
 import numpy as np
@@ -19,13 +19,10 @@ from benchmarks.head_scenes import (
     TARGETS,
     Heads,
     HeadScenes,
-    LesionScenes,
     Settings,
 )
-from benchmarks.hippocampus import SPLIT_FILE, Hippocampus
 from scripts.checkpoint import atomic_save
 from scripts.networks import Neuroverse3D
-from scripts.reporting.report_files import REPORT
 from tests.workflows import run_workflow
 
 VOXEL_MM = 8.0
@@ -120,10 +117,11 @@ def test_heads_run_through_the_public_path(label_maps, tmp_path, monkeypatch, ro
     network.grid.copy_(torch.tensor([16, 16, 16]))
     atomic_save(network.state_dict(), tmp_path / "model.pt")
 
-    def run_here(arguments):
-        run_workflow("inference", **{k[2:]: v for k, v in zip(arguments[::2], arguments[1::2], strict=True)})
+    def run_here(config, options):
+        words = shlex.split(options)
+        run_workflow(config, **{k[2:]: v for k, v in zip(words[::2], words[1::2], strict=True)})
 
-    monkeypatch.setattr(product, "run_inference", run_here)
+    monkeypatch.setattr(product, "run_bundle", run_here)
     scans = Heads(str(label_maps), str(tmp_path / "out"), contrasts=1, voxel_mm=VOXEL_MM)
     given = {"context_sizes": (2,), "options": "--overlays false", "checkpoint": str(tmp_path / "model.pt")}
     whole, contrast, *structures = rows(product.heads, scans=scans, **given)
@@ -133,86 +131,3 @@ def test_heads_run_through_the_public_path(label_maps, tmp_path, monkeypatch, ro
     assert whole.figures["seconds"] > 0 and whole.figures["dice"] == contrast.figures["dice"]
     assert [row.side for row in structures] == list(STRUCTURES) and contrast.side == "contrast T1"
     assert whole.figures["dice"][0] == pytest.approx(np.mean([row.figures["dice"][0] for row in structures]))
-
-
-def test_a_failed_command_says_why(tmp_path, monkeypatch):
-    program = tmp_path / "python"
-    program.write_text("#!/bin/sh\necho working\necho error: no targets >&2\nexit 1\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(product.sys, "executable", str(program))
-    with pytest.raises(ValueError, match="status 1: error: no targets"):
-        product.run_inference(["--output_dir", str(tmp_path)])
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """Commands asked for; each is answered with the right labels, without alignment in every second voxel only."""
-    commands = []
-
-    def answer(arguments):
-        given = {k[2:]: v for k, v in zip(arguments[::2], arguments[1::2], strict=True)}
-        commands.append(given)
-        out, data = Path(given["output_dir"]), Path(given["dataset_dir"])
-        labels = data / ("labelsTs" if (data / "labelsTs").is_dir() else "labelsTr")
-        names = sorted(p.name for p in labels.glob("*"))
-        if "split_file" in given:
-            labels = data / "labelsTr"
-            names = [f"{n}.nii.gz" for n in json.loads(Path(given["split_file"]).read_text())["test"][data.name]]
-        out.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            label = nib.load(labels / name)
-            voxels = np.array(label.dataobj)
-            if given.get("align", "off" if given["amp"] == "true" else "") == "off":
-                voxels[::2] = 0
-            nib.save(nib.Nifti1Image(voxels, label.affine), out / name)
-        cases = {name.removesuffix(".nii.gz"): {"seconds": 1.0} for name in names}
-        (out / REPORT).write_text(json.dumps({"cases": cases, "failed": {}}))
-
-    monkeypatch.setattr(product, "run_inference", answer)
-    return commands
-
-
-def test_never_worse_predicts_all_sets_both_ways(label_maps, make_dataset, tmp_path, asked, rows):
-    split = json.loads(SPLIT_FILE.read_text())
-    names = split["val"]["Dataset004_Hippocampus"][:2]
-    data = make_dataset(tmp_path, "Dataset004_Hippocampus", cases=names)
-    scans = Heads(str(label_maps), str(tmp_path / "out"), contrasts=2, voxel_mm=8.0)
-    cases = Hippocampus(str(data), cases=2)
-    found = rows(product.never_worse, scans=scans, cases=cases, context_size=2, options="--amp true")
-    assert [row.case for row in found] == [name for name in product.SETS for _ in range(2)]
-    for off, aligned in zip(found[::2], found[1::2], strict=True):
-        assert aligned.figures["dice"] == (1, 1, 1) and 0 < off.figures["dice"][0] < 1
-        assert aligned.figures["gain"][0] == pytest.approx(1 - off.figures["dice"][0])
-    assert all(command["amp"] == "true" and command["context_size"] == "2" for command in asked)
-    assert len({command["output_dir"] for command in asked}) == len(asked) == 2 * (1 + 2 + 4)
-    used = json.loads(Path(asked[0]["split_file"]).read_text())
-    assert used["train"] == split["train"] and used["test"] == {data.name: names}
-    with pytest.raises(ValueError, match="--sets are some of aligned, contrast, lesions, got other"):
-        rows(product.never_worse, scans=scans, cases=cases, sets=["other"])
-
-
-def test_each_brain_has_a_lesion_somewhere_else(label_maps, tmp_path):
-    folder = LesionScenes(label_maps, tmp_path).episode(Settings("brain_05", 0, 0, contexts=2, voxel_mm=4.0))
-    assert json.loads((folder / CONTEXTS / "dataset.json").read_text())["labels"] == {"background": 0, "lesion": 1}
-    middles, looks = [], []
-    for label in [*(folder / TARGETS).glob("labelsTs/*"), *(folder / CONTEXTS).glob("labelsTr/*")]:
-        voxels = np.asarray(nib.load(label).dataobj)
-        assert set(np.unique(voxels)) == {0, 1}
-        middles.append(np.argwhere(voxels).mean(0) / voxels.shape)
-        image = label.parents[1] / label.parent.name.replace("labels", "images") / label.name.replace(".", "_0000.", 1)
-        looks.append(np.median(np.asarray(nib.load(image).dataobj)[voxels == 1]))
-    distances = np.linalg.norm(np.subtract.outer(middles, middles)[:, [0, 1, 2], :, [0, 1, 2]], axis=0)
-    assert len(middles) == 3 and distances[np.triu_indices(3, 1)].min() > 0.02
-    assert max(looks) < 300 or min(looks) > 700, "bright in all, or dark in all"
-
-
-def test_precision_compares_the_demo_both_ways(make_dataset, tmp_path, asked, rows):
-    with pytest.raises(FileNotFoundError, match="no finished demo in .*: run make demo first"):
-        rows(product.precision, demo_dir=str(tmp_path))
-    data = make_dataset(tmp_path / "data", cases=2)
-    (tmp_path / "scores").mkdir()
-    (tmp_path / "scores" / "summary.json").touch()
-    float32, bfloat16 = rows(product.precision, demo_dir=str(tmp_path))
-    assert float32.figures["dice"] == 1 > bfloat16.figures["dice"]
-    assert bfloat16.figures["change_of_dice"] == pytest.approx(1 - bfloat16.figures["dice"])
-    assert [command["dataset_dir"] for command in asked] == [str(data)] * 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from scripts.data.volumes import LoadVolumed, VolumeError, load_volume, volume_digest
+from scripts.data.volumes import VolumeError, load_volume, volume_digest
 
 VOXELS = np.arange(6 * 5 * 4, dtype=np.int16).reshape(6, 5, 4)
 
@@ -115,13 +115,6 @@ def test_what_is_read_may_be_written_to(tmp_path):
     before = (tmp_path / "a.nii").read_bytes()
     load_volume(tmp_path / "a.nii").mul_(2)
     assert (tmp_path / "a.nii").read_bytes() == before
-
-
-def test_transform(tmp_path):
-    nib.save(plain(VOXELS), tmp_path / "a.nii")
-    read = LoadVolumed("image")({"image": str(tmp_path / "a.nii"), "case": "a"})
-    assert read["case"] == "a" and np.array_equal(read["image"][0], VOXELS)
-    assert read["image"].meta["filename_or_obj"] == str(tmp_path / "a.nii")
 
 
 def test_digests_go_by_content_not_by_memory_layout():

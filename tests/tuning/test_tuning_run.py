@@ -18,6 +18,7 @@ from scripts.training import time_budget
 from scripts.tuning import tuning_run
 from scripts.tuning.cases import find_cases
 from tests.inference.test_alignment import SIZE, subject
+from tests.tuning.judgement import winning
 from tests.workflows import run_workflow
 
 QUICK = {"steps": 3, "learning_rate": 1e-3, "amp": False, "minutes": 10.0}
@@ -40,20 +41,6 @@ def weights(inferer):
 
 def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
-
-
-def winning(monkeypatch, by):
-    """Let every judgement of tuned weights be so much better than that of the weights before."""
-    plain = ConfidentInferer.tested
-
-    def tested(self, case, network=None):
-        found = plain(self, case, None)
-        if network is not None:
-            for values in found.dice.values():
-                values.update({value: dice + by for value, dice in values.items()})
-        return found
-
-    monkeypatch.setattr(ConfidentInferer, "tested", tested)
 
 
 def test_tuned_weights_that_win_are_used_and_taken_again(monkeypatch, tmp_path):

@@ -18,8 +18,9 @@ import torch
 from scripts.data.synthesis.cohort import synthesize_cohort
 from scripts.inferer import ICLInferer
 from scripts.runtime.commandline import main
-from scripts.runtime.manifest import ROOT, bundle_identity, environment, file_sha256
+from scripts.runtime.manifest import ROOT, bundle_identity, environment
 from scripts.runtime.memory import free_memory
+from scripts.runtime.output_folder import file_sha256
 from scripts.runtime.precision import bfloat16_units, is_fast
 from scripts.runtime.processes import local_device, usable_device
 

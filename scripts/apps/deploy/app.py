@@ -30,7 +30,8 @@ from scripts.apps.deploy.series_operators import HeaderLoaderOperator, OneSeries
 from scripts.apps.deploy.volume_operator import SeriesVolumeOperator
 from scripts.apps.deploy.writer_operator import SegmentationWriterOperator
 from scripts.runtime.atomic_files import write_json
-from scripts.runtime.manifest import bundle_identity, environment, file_sha256
+from scripts.runtime.manifest import bundle_identity, environment
+from scripts.runtime.output_folder import file_sha256
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from scripts.data.nnunet import NnunetDataset
 from scripts.inference.confidence import ConfidentInferer
 from scripts.inference.contexts import ContextSet
 from scripts.runtime.commandline import refuse_unknown
-from scripts.runtime.manifest import file_sha256
 from scripts.runtime.options import flag, normalise
+from scripts.runtime.output_folder import file_sha256
 from scripts.runtime.workflow import plain_errors, start_workflow
 
 WEIGHTS = "model.pt"

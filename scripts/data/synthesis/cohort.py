@@ -121,27 +121,6 @@ def synthesize_cohort(
     raise ValueError(f"{num_labels} labels do not fit into a grid of {size}: use fewer labels or a larger grid")
 
 
-def show_anatomy(
-    seed: int | Sequence[int], anatomy: Anatomy, subjects: int, spatial_size: int | Sequence[int], spread: float = 0.0
-) -> Cohort:
-    """A cohort of an anatomy in hand, with a contrast of its own and every label however small.
-
-    Args:
-        seed: as in :func:`synthesize_cohort`.
-        anatomy: what the cohort shows, on one or as many maps as there are subjects.
-        subjects: how many subjects N.
-        spatial_size: voxels along each axis, one number or three.
-        spread: how far the subjects are put apart, from 0 to 1.
-
-    Raises:
-        ValueError: an argument is out of range.
-        NoRoomError: a subject shows nothing of a label.
-    """
-    size, draws = checked_size(spatial_size), Draws(seed, 2)
-    found = _show(seed, 0, draws, anatomy, subjects, size, 1, False, False, spread, least=2)
-    return Cohort(*found, tuple(f"structure{number}" for number in range(1, len(anatomy.labels) + 1)))
-
-
 def _show(
     seed: int | Sequence[int],
     attempt: int,

@@ -17,7 +17,7 @@ from monai.transforms import Orientation
 from torch import Tensor
 
 from scripts.data.label_numbers import count_labels
-from scripts.data.preprocessing import RAS_LABELS, bounding_box
+from scripts.data.preprocessing import RAS_LABELS
 from scripts.data.synthesis.anatomy import Anatomy, NoRoomError
 from scripts.data.synthesis.seeded_draws import Draws
 from scripts.data.volumes import load_labels, strip_ending
@@ -59,7 +59,6 @@ _ANCHOR_VOXELS = 300  # a label that crops are centred on has as many at least
 _LABEL_SHARE = (0.006, 0.4)  # of the voxels in view that a structure to segment has, in every subject
 _WITHIN_VIEW = 0.75  # share of the cohorts whose structures to segment have more than half of them in view
 _REACH = 1.7  # of a crop around its view, for turned and shifted views
-_AROUND = 1.15  # of the structures' box, what a view of named structures shows
 _MERGED, _CUT = 0.2, 0.35  # shares of the labels
 _ATTEMPTS = 30
 
@@ -149,43 +148,6 @@ class LabelMaps:
         else:
             raise NoRoomError(f"no place of these label maps shows {num_labels} labels")
         return self._anatomy(views, labels, tissues, alike, draws.device)
-
-    def of(self, people: Sequence[str], structures: Sequence[Sequence[int]], size: Sequence[int]) -> Anatomy:
-        """The anatomy of named people, in a view that has all of some structures in each of them.
-
-        Args:
-            people: file names without ending, one per subject.
-            structures: label values that make up each label, first of label 1.
-            size: the cohort's grid (H, W, D).
-
-        Returns:
-            An anatomy with a map for each person.
-
-        Raises:
-            ValueError: a person that is not here, or has none of a structure's values.
-        """
-        if missing := sorted(set(people) - set(self.names)):
-            raise ValueError(f"no label map of {', '.join(missing)} (there: {', '.join(self.names)})")
-        chosen = [self.subjects[self.names.index(name)] for name in people]
-        numbers = {int(value): number for number, value in enumerate(self.values)}
-        labels = tuple(tuple(numbers[v] for v in values if v in numbers) for values in structures)
-        boxes = []
-        for name, person in zip(people, chosen, strict=True):
-            for values, tissues in zip(structures, labels, strict=True):
-                if not any(person.counts[t] for t in tissues):
-                    raise ValueError(f"{name} has none of the label values {list(values)}")
-            tissues = torch.tensor([t for label in labels for t in label], dtype=torch.uint8)
-            boxes.append(torch.tensor(bounding_box(torch.isin(person.tissues, tissues))))
-        extent = torch.tensor(size) / max(size)
-        lengths = [
-            ((box[:, 1] - box[:, 0]) * p.spacing_mm / extent).max() for box, p in zip(boxes, chosen, strict=True)
-        ]
-        field_mm = _AROUND * float(torch.stack(lengths).max())
-        views = [
-            _View(person, box.float().mean(1), field_mm / 2 / person.spacing_mm, extent)
-            for person, box in zip(chosen, boxes, strict=True)
-        ]
-        return self._anatomy(views, labels, len(self.values), ())
 
     def _place(self, draws: Draws, chosen: Sequence[_Subject]) -> tuple[float, list[Tensor]]:
         """Length of the grid's longest side in mm, and the voxel of each person that its middle shows."""

@@ -9,7 +9,8 @@ import pytest
 from scripts.apps.command.doctor import doctor
 from scripts.checkpoint import atomic_save
 from scripts.networks import Neuroverse3D
-from scripts.runtime.manifest import ROOT, file_sha256
+from scripts.runtime.manifest import ROOT
+from scripts.runtime.output_folder import file_sha256
 
 
 def test_versions_device_and_weights_are_printed_and_the_self_check_passes(capsys):

@@ -19,7 +19,7 @@ from scripts.apps.deploy.app import RECORD, RESEARCH_USE
 from scripts.apps.deploy.icl_operator import segment_numbers
 from scripts.apps.deploy.model_folder import context_set_sha256, make_predictor
 from scripts.apps.deploy.stage import stage
-from scripts.runtime.manifest import file_sha256
+from scripts.runtime.output_folder import file_sha256
 from tests.data.dicom_series import rotation
 
 OBLIQUE = nib.affines.from_matvec(rotation(20, -35, 15) @ np.diag([0.9, 1.3, 2.2]), (-31.2, 47.8, 12.5))

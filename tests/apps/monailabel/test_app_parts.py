@@ -20,11 +20,11 @@ from scripts.apps.monailabel.prediction_files import write_prediction  # noqa: E
 from scripts.apps.monailabel.predictors import DEFAULTS, app_options  # noqa: E402
 from scripts.apps.monailabel.statuses import NotFoundError, clear_statuses  # noqa: E402
 from scripts.data.volumes import load_volume  # noqa: E402
-from scripts.inference.confidence import ConfidentInferer  # noqa: E402
 from scripts.inference.context_pairs import ContextPairs  # noqa: E402
 from scripts.inferer import as_volume  # noqa: E402
 from scripts.networks import Neuroverse3D  # noqa: E402
 from tests.apps.monailabel.conftest import save_random_weights  # noqa: E402
+from tests.tuning.judgement import winning  # noqa: E402
 
 MODEL = "neuroverse3d"
 
@@ -260,15 +260,7 @@ def test_a_fault_of_the_program_is_not_hidden():
 
 
 def test_a_tuning_that_wins_publishes_its_weights(tmp_path, make_app, make_studies, monkeypatch):
-    plain = ConfidentInferer.tested
-
-    def tested(self, case, network=None):
-        found = plain(self, case, None)
-        for values in found.dice.values() if network is not None else ():
-            values.update({value: dice + 0.1 for value, dice in values.items()})
-        return found
-
-    monkeypatch.setattr(ConfidentInferer, "tested", tested)
+    winning(monkeypatch, 0.1)
     studies = make_studies(tmp_path, cases=4)
     app = make_app(studies)
     save(app, studies, *studies.cases)

@@ -89,12 +89,13 @@ def refused(do, status, said):
 
 @pytest.fixture
 def foreign(tmp_path, orthanc):
-    """``foreign(series, {name: mask}, kind, **attributes)``: a segmentation that another program stores, by highdicom.
+    """``foreign(series, {name: mask}, kind, change, **attributes)``: a segmentation that another program stores.
 
-    Masks are ``(columns, rows, slices)``; several may share voxels.
+    Masks are ``(columns, rows, slices)``; several may share voxels. ``change(dataset)`` has the last word on what
+    highdicom made.
     """
 
-    def make(series, masks, kind=SegmentationTypeValues.BINARY, stored=True, **attributes):
+    def make(series, masks, kind=SegmentationTypeValues.BINARY, change=lambda made: None, **attributes):
         files = [dcmread(BytesIO(file)) for file in orthanc.files(SeriesInstanceUID=series)]
         segments = [
             SegmentDescription(
@@ -110,10 +111,10 @@ def foreign(tmp_path, orthanc):
         )  # fmt: skip
         for name, value in attributes.items():
             setattr(made, name, value)
+        change(made)
         path = tmp_path / f"{made.SOPInstanceUID}.dcm"
         made.save_as(path)
-        if stored:
-            orthanc.send(path)
+        orthanc.send(path)
         return str(made.SOPInstanceUID)
 
     return make
@@ -198,26 +199,22 @@ def test_what_is_no_annotation_is_passed_over_and_said(tmp_path, store, make_app
         foreign("1.2.3.102", {"a": mask, "b": mask}): "segments overlap",
         foreign("1.2.3.103", {"a": mask}, FrameOfReferenceUID="1.2.9"): "another frame of reference",
     }
-    elsewhere = foreign("1.2.3.103", {"a": mask}, stored=False)
-    data = dcmread(tmp_path / f"{elsewhere}.dcm")
-    for frame in data.PerFrameFunctionalGroupsSequence:
-        place = frame.PlanePositionSequence[0].ImagePositionPatient
-        frame.PlanePositionSequence[0].ImagePositionPatient = [float(v) + 500 for v in place]
-    data.save_as(tmp_path / "moved.dcm")
-    orthanc.send(tmp_path / "moved.dcm")
-    reasons[elsewhere] = "outside of its series"
-    predicted = foreign("1.2.3.103", {"a": mask}, stored=False)
-    data = dcmread(tmp_path / f"{predicted}.dcm")
-    data.SegmentSequence[0].SegmentAlgorithmType = "AUTOMATIC"
-    data.SegmentSequence[0].SegmentAlgorithmName = bundle_identity()["name"]  # as the Deploy application writes
-    data.save_as(tmp_path / "predicted.dcm")
-    orthanc.send(tmp_path / "predicted.dcm")
-    reasons[predicted] = "a prediction, not an annotation"
-    of_none = foreign("1.2.3.103", {"a": mask}, stored=False)
-    data = dcmread(tmp_path / f"{of_none}.dcm")
-    data.ReferencedSeriesSequence[0].SeriesInstanceUID = "1.2.3.999"
-    data.save_as(tmp_path / "of_none.dcm")
-    orthanc.send(tmp_path / "of_none.dcm")
+
+    def moved(made):
+        for frame in made.PerFrameFunctionalGroupsSequence:
+            place = frame.PlanePositionSequence[0].ImagePositionPatient
+            frame.PlanePositionSequence[0].ImagePositionPatient = [float(v) + 500 for v in place]
+
+    def predicted(made):
+        made.SegmentSequence[0].SegmentAlgorithmType = "AUTOMATIC"
+        made.SegmentSequence[0].SegmentAlgorithmName = bundle_identity()["name"]  # as the Deploy application writes
+
+    def of_no_series(made):
+        made.ReferencedSeriesSequence[0].SeriesInstanceUID = "1.2.3.999"
+
+    reasons[foreign("1.2.3.103", {"a": mask}, change=moved)] = "outside of its series"
+    reasons[foreign("1.2.3.103", {"a": mask}, change=predicted)] = "a prediction, not an annotation"
+    of_none = foreign("1.2.3.103", {"a": mask}, change=of_no_series)
 
     found = app.info()
     assert found["datastore"]["completed"] == 1 and found["models"][MODEL]["labels"] == {"label 1": 1, "label 2": 2}

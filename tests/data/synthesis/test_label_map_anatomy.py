@@ -9,7 +9,7 @@ import torch
 
 from scripts.data.synthesis import cohort as synthesis
 from scripts.data.synthesis import label_map_anatomy
-from scripts.data.synthesis.cohort import LESION, show_anatomy, synthesize_cohort
+from scripts.data.synthesis.cohort import LESION, synthesize_cohort
 from scripts.data.synthesis.contrast import draw_contrast
 from scripts.data.synthesis.label_map_anatomy import LabelMaps, map_names
 from scripts.data.synthesis.seeded_draws import Draws
@@ -118,28 +118,6 @@ def test_command_line(folder, tmp_path, capsys):
     assert "Dataset900_Synthetic000" in capsys.readouterr().out
     label = nib.load(tmp_path / "Dataset900_Synthetic000" / "labelsTr" / "synthetic900_00.nii.gz")
     assert set(np.unique(label.dataobj)) == {0, 1, 2}
-
-
-def test_named_people_show_all_of_the_named_structures(maps):
-    people, structures = ["subject2", "subject0", "subject2"], [(10,), (17, 53)]
-    anatomy = maps.of(people, structures, (16, 24, 16))
-    cohort = show_anatomy(5, anatomy, 3, (16, 24, 16))
-    assert torch.equal(cohort.labels[0], cohort.labels[2]) and not torch.equal(cohort.labels[0], cohort.labels[1])
-    assert not torch.equal(cohort.images[0], cohort.images[2]), "noise of its own"
-    for labels in cohort.labels:
-        assert set(labels.unique().tolist()) == {0, 1, 2}
-        inside = labels[0] > 0
-        assert not any(inside.select(axis, end).any() for axis in range(3) for end in (0, -1)), "nothing is cut off"
-    again = show_anatomy(5, anatomy, 3, (16, 24, 16))
-    assert torch.equal(again.images, cohort.images)
-    assert not torch.equal(show_anatomy(6, anatomy, 3, (16, 24, 16)).images, cohort.images)
-
-
-def test_unknown_people_and_structures_are_named(maps):
-    with pytest.raises(ValueError, match="no label map of nobody"):
-        maps.of(["nobody"], [(10,)], (16, 16, 16))
-    with pytest.raises(ValueError, match=r"subject1 has none of the label values \[99\]"):
-        maps.of(["subject1"], [(10,), (99,)], (16, 16, 16))
 
 
 def test_some_cohorts_look_like_t1_weighted_scans_and_some_the_other_way_round(maps):

@@ -1,7 +1,7 @@
 """The page of all options, docs/options.md, from what the program itself goes by.
 
 Workflows have theirs in their configuration and in :data:`scripts.runtime.options.OPTIONS`, tools in the signature
-and docstring of their function::
+and docstring of their function, the BIDS App in :data:`scripts.apps.bids.__main__.APP_OPTIONS`::
 
     python -m scripts.apps.command.option_tables
 """
@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from fire import docstrings
 
+from scripts.apps.bids.__main__ import APP_OPTIONS
 from scripts.apps.command.verbs import VERBS
 from scripts.runtime.options import OPTIONS, default_text
 
@@ -35,7 +36,7 @@ For research use only.
 An option is given as `--name value`, behind a verb of [`neuroverse3d`](command.md) as well. Booleans are `true` or \
 `false`; lists are quoted: `--channels "[16,32,64,128]"`. A misspelt option ends the run, and the nearest valid one is \
 named. Every other id of a configuration can be overridden by its path: `--loss#beta 0.5`. `overwrite` replaces what \
-this program wrote and nobody changed, nothing else. The [BIDS App](bids.md#options) has options of its own.
+this program wrote and nobody changed, nothing else.
 """
 _TOOLS = {  # heading: what is typed behind python -m, and the function that it runs
     name: (verb.module, f"{verb.module}.{verb.module.rpartition('.')[2]}")
@@ -65,6 +66,8 @@ def page() -> str:
             names = ", ".join(row.option for row in rows if seen.get(row) == known)
             parts.append(f"As with [{known}](#{known}): {names}.\n")
         seen |= {row: heading for row in rows if row not in seen}
+    parts.append(_section("bids", "neuroverse3d bids", _app()))
+    parts.append("Besides: options of [segment](#segment) that do not choose scans, examples or outputs.\n")
     for name, (typed, function) in _TOOLS.items():
         parts.append(_section(name, f"python -m {typed}", _tool(locate(function))))
     return "\n".join(parts)
@@ -91,6 +94,12 @@ def _workflow(*configs: Path) -> Iterator[_Row]:
                 if (other := default_text(name, content[name])) != default:
                     default += f"; stage {number}: {other}"
             yield _Row(f"`{name}`", default, OPTIONS[name].meaning)
+
+
+def _app() -> Iterator[_Row]:
+    for name, facts in APP_OPTIONS.items():
+        default = "false" if "action" in facts else str(facts.get("default"))
+        yield _Row(f"`{name}`", default, facts["help"])
 
 
 def _tool(function: Callable[..., None]) -> Iterator[_Row]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.apps.bids.__main__ import parser as bids_parser
+from scripts.apps.bids.__main__ import APP_OPTIONS
 from scripts.apps.command import option_tables
 from scripts.corrupt import corrupt
 from scripts.data import GroupAugmentation
@@ -53,6 +53,7 @@ def test_the_page_of_options_has_every_option_of_every_workflow_and_tool():
     for tool in (prepare_data, corrupt, preview):
         section = text[text.index(f"`python -m scripts.{tool.__name__}`") :]
         assert rows_of(section, "| option |") == set(inspect.signature(tool).parameters)
+    assert rows_of(text[text.index("`neuroverse3d bids`") :], "| option |") == set(APP_OPTIONS)
 
 
 def test_a_default_is_said_as_a_user_would_type_it():
@@ -68,12 +69,6 @@ def test_a_default_is_said_as_a_user_would_type_it():
     assert {key: default_text(*key) for key in said} == said
 
 
-def test_the_bids_app_s_options_are_on_its_page():
-    rows = read("bids").split("| option | default | meaning |")[1].split("\n\n")[0]
-    named = set(re.findall(r"`--(\w+)`", rows)) - {"help", "version"}
-    assert named == set(re.findall(r"--(\w+)", bids_parser().format_usage()))
-
-
 def test_the_augmentation_s_defaults_on_the_page_are_its_own():
     content = json.loads(Path("configs/train_stage1.json").read_text(encoding="utf-8"))
     defaults = {name: p.default for name, p in inspect.signature(GroupAugmentation).parameters.items()}
@@ -81,9 +76,9 @@ def test_the_augmentation_s_defaults_on_the_page_are_its_own():
 
 
 def test_every_task_and_every_key_of_a_row_is_explained():
-    text = read("training")
-    assert rows_of(text, "| task | input | wanted output |") == set(TASKS)
-    assert rows_of(text, "| key | default | meaning |") == {field.name for field in fields(Row)}
+    assert rows_of(read("training"), "| task | input | wanted output |") == set(TASKS)
+    keys = read("options").partition("`--collection_file`")[2]
+    assert rows_of(keys, "| option |") == {field.name for field in fields(Row)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)

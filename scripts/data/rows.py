@@ -29,13 +29,15 @@ class Row:
     """One row of a collection.
 
     Attributes:
-        dataset: folder name, its part before the first underscore, or ``"synthetic"``.
-        task: name of a task (``scripts.data.tasks``).
-        input: image channels; one is drawn for each group. Empty means every channel there is.
-        output: ``"labels"``, or the channel that is the wanted output (modality transfer).
-        classes: class names or label values that make up the foreground (segmentation) or the brain (skull
-            stripping); empty means a random choice in segmentation, and the class ``brain`` in skull stripping.
-        remove_classes: class names or label values that a random choice leaves out.
+        dataset: folder name, or its part before the first underscore; ``synthetic`` for a new synthetic cohort in
+            every group.
+        task: name of a task.
+        input: channel, or list of channels of which one is drawn for each group; empty means every channel.
+        output: modality transfer: the channel that is the wanted output; other tasks leave it out.
+        classes: segmentation: names or label values that make up the foreground of every group; ``random``, or none,
+            merges one to ``max_classes`` of all classes, anew for each group. Of skull_stripping those that make up
+            the brain; by default the class ``brain``.
+        remove_classes: names or label values that a random choice leaves out.
         draw_weight: how often the row is drawn, relative to the others; 0 never draws it.
         loss_weight: factor on the loss of the row's groups.
     """

@@ -34,6 +34,28 @@ _FROM_BIDS = {"dataset_dir", "target_images", "context_dir", "context_images", "
               "debug", "shard", "overlays", "probabilities", "self_test", "overwrite"}  # fmt: skip
 """Options of ``inference.json`` that the app decides on, or has of its own."""
 
+APP_OPTIONS: dict[str, dict[str, Any]] = {
+    "participant_label": {"nargs": "+", "metavar": "LABEL", "help": "only these subjects, with sub- or without"},
+    "session_label": {"nargs": "+", "metavar": "LABEL", "help": "only these sessions, with ses- or without"},
+    "examples": {
+        "nargs": "+",
+        "metavar": "PATH",
+        "help": "a BIDS derivative with *_dseg, an nnU-Net dataset, or two folders (images labels); the participant "
+        "level needs them",
+    },
+    "suffix": {"default": "T1w", "help": "kind of scan that is segmented, and of the examples (T1w)"},
+    "mask_pattern": {"metavar": "PATTERN", "help": "which label maps of the examples, such as *_desc-aseg_dseg.nii.gz"},
+    "bids_filter_file": {"metavar": "FILE", "help": "JSON file of filters that choose scans, as of fMRIPrep"},
+    "skip_bids_validation": {"action": "store_true", "help": "do not validate the dataset first"},
+    "work_dir": {"help": "folder for intermediate results, by which a run goes on (hidden in the derivative)"},
+    "shard": {"help": "3/16: the third of sixteen parts of the subjects, for job arrays"},
+    "probseg": {"action": "store_true", "help": "also write the scores of each label, *_probseg"},
+    "skip_self_test": {"action": "store_true", "help": "do not test the examples on each other: no expected Dice"},
+    "overwrite": {"action": "store_true", "help": "replace segmentations by other examples, weights or settings"},
+    "debug": {"action": "store_true", "help": "full tracebacks"},
+}
+"""Options of the app's own: what ``argparse`` is told of each."""
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line, as BIDS Apps have it; further options of ``inference.json`` are taken by their names."""
@@ -48,23 +70,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("output_dir", help="root of the derivative, such as BIDS_DIR/derivatives/neuroverse3d")
     found.add_argument("analysis_level", choices=("participant", "group"), help="segment, or put volumes in one table")
 
-    def add(name: str, **facts: Any) -> None:
+    for name, facts in APP_OPTIONS.items():
         found.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), dest=name, **facts)
-
-    add("participant_label", nargs="+", metavar="LABEL", help="only these subjects, with sub- or without")
-    add("session_label", nargs="+", metavar="LABEL", help="only these sessions, with ses- or without")
-    add("examples", nargs="+", metavar="PATH",
-        help="a BIDS derivative with *_dseg, an nnU-Net dataset, or two folders (images labels)")  # fmt: skip
-    add("suffix", default="T1w", help="kind of scan that is segmented, and of the examples (default: T1w)")
-    add("mask_pattern", metavar="PATTERN", help="which label maps of the examples, such as *_desc-aseg_dseg.nii.gz")
-    add("bids_filter_file", metavar="FILE", help="JSON file of filters that choose scans, as of fMRIPrep")
-    add("skip_bids_validation", action="store_true", help="do not validate the dataset first")
-    add("work_dir", help="folder for intermediate results (default: hidden in the derivative)")
-    add("shard", help="3/16: the third of sixteen parts of the subjects, for job arrays")
-    add("probseg", action="store_true", help="also write the scores of each label, *_probseg")
-    add("skip_self_test", action="store_true", help="do not test the examples on each other: no expected Dice")
-    add("overwrite", action="store_true", help="replace segmentations by other examples, weights or settings")
-    add("debug", action="store_true", help="full tracebacks")
     found.add_argument("-v", "--version", action="version", version=f"Neuroverse3D {bundle_identity()['version']}")
     return found
 

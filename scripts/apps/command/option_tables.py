@@ -1,7 +1,8 @@
 """The page of all options, docs/options.md, from what the program itself goes by.
 
 Workflows have theirs in their configuration and in :data:`scripts.runtime.options.OPTIONS`, tools in the signature
-and docstring of their function::
+and docstring of their function, the BIDS App in :data:`scripts.apps.bids.__main__.APP_OPTIONS`, collection files in
+:class:`scripts.data.rows.Row`::
 
     python -m scripts.apps.command.option_tables
 """
@@ -11,13 +12,16 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import MISSING, fields
 from pathlib import Path
 from pydoc import locate
 from typing import NamedTuple
 
 from fire import docstrings
 
+from scripts.apps.bids.__main__ import APP_OPTIONS
 from scripts.apps.command.verbs import VERBS
+from scripts.data.rows import Row
 from scripts.runtime.options import OPTIONS, default_text
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -35,7 +39,7 @@ For research use only.
 An option is given as `--name value`, behind a verb of [`neuroverse3d`](command.md) as well. Booleans are `true` or \
 `false`; lists are quoted: `--channels "[16,32,64,128]"`. A misspelt option ends the run, and the nearest valid one is \
 named. Every other id of a configuration can be overridden by its path: `--loss#beta 0.5`. `overwrite` replaces what \
-this program wrote and nobody changed, nothing else. The [BIDS App](bids.md#options) has options of its own.
+this program wrote and nobody changed, nothing else.
 """
 _TOOLS = {  # heading: what is typed behind python -m, and the function that it runs
     name: (verb.module, f"{verb.module}.{verb.module.rpartition('.')[2]}")
@@ -52,7 +56,7 @@ _TOOLS |= {"deploy": ("scripts.apps.deploy.stage", "scripts.apps.deploy.stage.st
 def page() -> str:
     """The whole page as Markdown."""
     parts = [_HEAD]
-    seen: dict[_Row, str] = {}
+    seen: dict[_Entry, str] = {}
     for name, verb in VERBS.items():
         if not verb.is_workflow or name == STAGES[1]:
             continue
@@ -65,23 +69,26 @@ def page() -> str:
             names = ", ".join(row.option for row in rows if seen.get(row) == known)
             parts.append(f"As with [{known}](#{known}): {names}.\n")
         seen |= {row: heading for row in rows if row not in seen}
+    parts.append(_section("bids", "neuroverse3d bids", _app()))
+    parts.append("Besides: options of [segment](#segment) that do not choose scans, examples or outputs.\n")
     for name, (typed, function) in _TOOLS.items():
         parts.append(_section(name, f"python -m {typed}", _tool(locate(function))))
+    parts.append(_section("rows of a collection", "--collection_file", _keys()))
     return "\n".join(parts)
 
 
-class _Row(NamedTuple):
+class _Entry(NamedTuple):
     option: str
     default: str
     meaning: str
 
 
-def _section(name: str, source: str, rows: Iterable[_Row]) -> str:
-    lines = "\n".join(f"| {' | '.join(row)} |" for row in (_Row._fields, ("---",) * 3, *rows))
+def _section(name: str, source: str, rows: Iterable[_Entry]) -> str:
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in (_Entry._fields, ("---",) * 3, *rows))
     return f"## {name}\n\n`{source}`\n\n{lines}\n"
 
 
-def _workflow(*configs: Path) -> Iterator[_Row]:
+def _workflow(*configs: Path) -> Iterator[_Entry]:
     """Rows of a configuration, or of that of several stages."""
     first, *later = (json.loads(config.read_text(encoding="utf-8")) for config in configs)
     for name in first:
@@ -90,15 +97,28 @@ def _workflow(*configs: Path) -> Iterator[_Row]:
             for number, content in enumerate(later, 2):
                 if (other := default_text(name, content[name])) != default:
                     default += f"; stage {number}: {other}"
-            yield _Row(f"`{name}`", default, OPTIONS[name].meaning)
+            yield _Entry(f"`{name}`", default, OPTIONS[name].meaning)
 
 
-def _tool(function: Callable[..., None]) -> Iterator[_Row]:
+def _app() -> Iterator[_Entry]:
+    for name, facts in APP_OPTIONS.items():
+        default = "false" if "action" in facts else str(facts.get("default"))
+        yield _Entry(f"`{name}`", default, facts["help"])
+
+
+def _tool(function: Callable[..., None]) -> Iterator[_Entry]:
     said = {argument.name: argument.description for argument in docstrings.parse(function.__doc__).args}
     for name, parameter in inspect.signature(function).parameters.items():
         value = parameter.default
         default = "–" if value is parameter.empty else str(value).lower() if isinstance(value, bool) else str(value)
-        yield _Row(f"`{name}`", default, said[name].rstrip(".").replace("``", "`"))
+        yield _Entry(f"`{name}`", default, said[name].rstrip(".").replace("``", "`"))
+
+
+def _keys() -> Iterator[_Entry]:
+    said = docstrings.parse(Row.__doc__.replace("Attributes:", "Args:")).args
+    for key, argument in zip(fields(Row), said, strict=True):
+        default = "–" if key.default is MISSING else json.dumps(key.default)
+        yield _Entry(f"`{key.name}`", default, argument.description.rstrip(".").replace("``", "`"))
 
 
 def write_options() -> None:

@@ -5,22 +5,16 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
-from scripts.data.deformations import random_affine
 from scripts.data.label_decision import MASK_THRESHOLD
 from scripts.registration import Alignment, align
 from scripts.registration.grids import Grid
 from scripts.runtime.atomic_files import write_atomically
-
-MISPLACED_TURN, MISPLACED_SCALE, MISPLACED_SHIFT = 20.0, 0.15, 0.1
-"""Of a member that is misplaced on purpose: degrees about each axis, and parts of the size, at most."""
 
 _KEPT = {"aligned", "shape", "grid", "affine", "displacement"}
 
@@ -32,36 +26,13 @@ class AlignedMembers:
 
     Args:
         cache_dir: where the cache goes; transforms are in ``aligned`` in it.
-        misplaced_prob: share of the training groups of three and more whose last member is misplaced, as by a
-            registration that failed, so that the network learns to doubt a context.
-
-    Raises:
-        ValueError: ``misplaced_prob`` is not in [0, 1].
     """
 
-    def __init__(self, cache_dir: str | Path, misplaced_prob: float = 0.0) -> None:
-        if not 0 <= misplaced_prob <= 1:
-            raise ValueError(f"--misplaced_prob must be in [0, 1], got {misplaced_prob}")
+    def __init__(self, cache_dir: str | Path) -> None:
         self.folder = Path(cache_dir) / "aligned"
-        self.misplaced_prob = misplaced_prob
-
-    def misplacement(self, members: int, shape: Sequence[int], rng: np.random.Generator) -> Tensor | None:
-        """Where the last of so many members goes wrong: (4, 4) in voxels of (H, W, D); None where it does not."""
-        if members < 3 or rng.random() >= self.misplaced_prob:
-            return None
-        turn, shift = random_affine(rng, MISPLACED_TURN, MISPLACED_SCALE, MISPLACED_SHIFT, shape)
-        wrong, middle = np.eye(4), (np.array(shape) - 1) / 2
-        wrong[:3, :3], wrong[:3, 3] = turn, middle + shift - turn @ middle
-        return torch.from_numpy(wrong)
 
     def __call__(
-        self,
-        clean: Sequence[Tensor],
-        image: Tensor,
-        label: Tensor,
-        generation: bool,
-        keep: bool = True,
-        wrong: Tensor | None = None,
+        self, clean: Sequence[Tensor], image: Tensor, label: Tensor, generation: bool, keep: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Warp a group.
 
@@ -71,7 +42,6 @@ class AlignedMembers:
             label: (N, C, H, W, D), wanted outputs: 0 and 1, or for generation images.
             generation: they are images.
             keep: cache the transforms; members that are never drawn again need not be.
-            wrong: what :meth:`misplacement` gave for the last member.
 
         Returns:
             Both alike, of the types that they had; 0 where a member shows nothing.
@@ -79,8 +49,6 @@ class AlignedMembers:
         shape, still = image.shape[2:], torch.eye(4, dtype=torch.float64)
         images, labels = [image[0]], [label[0]]
         for number, found in enumerate(self._found(clean, keep), 1):
-            if found is not None and wrong is not None and number == len(clean) - 1:
-                found = replace(found, affine=found.affine @ wrong)
             if found is None:
                 images.append(image[number])
                 labels.append(label[number])

@@ -358,12 +358,9 @@ class EpisodeDataset(Dataset):
         if self.alignment is not None:
             recurs = "cohort" not in group.members[0]
             known = label if ignored is None else torch.cat((label, ignored), 1)
-            clean, drawn = [clean for clean, _ in sources], np.random.default_rng([self.seed, 6, number])
-            wrong = self.alignment.misplacement(len(clean), image.shape[2:], drawn) if self.part == "train" else None
-            image, known = self.alignment(clean, image, known, task.generation, recurs, wrong)
+            image, known = self.alignment([clean for clean, _ in sources], image, known, task.generation, recurs)
             label, ignored = known[:, :1], None if ignored is None else known[:, 1:] > 0
-            # what is drawn once is made the most of, but for a member that nothing fits
-            targets = 1 if recurs else targets - (wrong is not None)
+            targets = 1 if recurs else targets  # what is drawn once is made the most of
         if augment and self.augmentation is not None:
             drawn = [self.seed, 5, number]
             if ignored is not None:

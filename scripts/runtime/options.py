@@ -107,7 +107,6 @@ OPTIONS: dict[str, Option] = {
     "activation_checkpointing": Option("flag", "recompute activations in the backward pass: less memory, more time"),
     "compile": Option("flag", "compile the network's parts with torch.compile (needs a C++ compiler)"),
     "unpair_fraction": Option("float", "last fraction of the epochs in which contexts take each other's labels"),
-    "misplaced_prob": Option("float", "with align: share of the groups one of whose contexts is misplaced on purpose"),
     "augment": Option("flag", "change training groups at random; the _prob options are probabilities"),
     "flip_prob": Option("float", "mirror, for each axis"),
     "rotate90_prob": Option("float", "turn by 90, 180 or 270 degrees, for each plane with two equal sides"),

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scripts.data.deformations import random_affine, smooth_field, warped
+from scripts.tuning.deformations import random_affine, smooth_field, warped
 
 CONTROL_VOXELS = 10.0
 """Between control points of smooth fields."""

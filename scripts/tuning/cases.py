@@ -14,10 +14,10 @@ from monai.data import MetaTensor
 from torch import Tensor
 from tqdm import tqdm
 
-from scripts.data.deformations import random_affine, smooth_field, warped
 from scripts.data.preprocessing import bounding_box
 from scripts.inference.self_test import Tested, predictable
 from scripts.inferer import ICLInferer
+from scripts.tuning.deformations import random_affine, smooth_field, warped
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,5 @@
 """Members of a group that are brought to its first one, and the cache of how."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -51,20 +50,3 @@ def test_members_that_are_never_drawn_again_leave_nothing_behind(members, tmp_pa
     image, label = AlignedMembers(tmp_path)(list(images), images, labels, generation=False, keep=False)
     assert overlap(label[0], label[1]) > 0.8 and not torch.equal(image[1], images[1])
     assert not list(tmp_path.iterdir())
-
-
-def test_now_and_then_the_last_member_is_misplaced_with_its_label(members, tmp_path):
-    images, labels = members
-    aligned = AlignedMembers(tmp_path, misplaced_prob=0.5)
-    drawn = [aligned.misplacement(3, images.shape[2:], np.random.default_rng(seed)) for seed in range(40)]
-    wrong = [one for one in drawn if one is not None]
-    assert 10 < len(wrong) < 30 and len({float(one.sum()) for one in wrong}) == len(wrong)
-    assert aligned.misplacement(2, images.shape[2:], np.random.default_rng(0)) is None
-    assert AlignedMembers(tmp_path).misplacement(3, images.shape[2:], np.random.default_rng(0)) is None
-    right, _ = aligned(list(images), images, labels, generation=False)
-    image, label = aligned(list(images), images, labels, generation=False, wrong=wrong[0])
-    assert torch.equal(image[1], right[1]) and not torch.equal(image[2], right[2])
-    assert overlap(label[0], label[1]) > 0.8 > overlap(label[0], label[2])
-    for bad in (-0.1, 1.5):
-        with pytest.raises(ValueError, match="--misplaced_prob"):
-            AlignedMembers(tmp_path, misplaced_prob=bad)

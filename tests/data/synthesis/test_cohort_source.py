@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scripts.data import AlignedMembers, Collection, EpisodeDataset, PreparedCases, SyntheticCohorts
+from scripts.data import Collection, EpisodeDataset, PreparedCases, SyntheticCohorts
 
 
 def episodes(tmp_path, part="train", tasks=None, seed=0, size=16, **options):
@@ -41,12 +41,6 @@ def test_epochs_seeds_and_parts_have_cohorts_of_their_own(tmp_path):
     others = (training[2], episodes(tmp_path, seed=1)[0], episodes(tmp_path, "val")[0])
     assert all(not torch.equal(training[0]["image"], other["image"]) for other in others)
     assert torch.equal(episodes(tmp_path, "val")[5]["image"], episodes(tmp_path, "val")[5]["image"])
-
-
-@pytest.mark.parametrize(("part", "targets"), [("train", 2), ("val", 3)])
-def test_a_misplaced_subject_is_a_context_only_and_never_in_validation(tmp_path, part, targets):
-    alignment = AlignedMembers(tmp_path, misplaced_prob=1.0)
-    assert episodes(tmp_path, part, context_size=2, alignment=alignment)[0]["targets"] == targets
 
 
 @pytest.mark.parametrize("task", ["modality_transfer", "gaussian_denoising", "inpainting"])

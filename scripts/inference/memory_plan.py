@@ -41,5 +41,5 @@ def fitting_pairs(network: Neuroverse3D, spatial_size: tuple[int, ...], device: 
     free, one = free_memory(device), map_bytes(network, spatial_size, amp)
     fits = int((USABLE * free / one - MAPS_FIXED[way]) / MAPS_PER_PAIR[way])
     size = max(1, min(MOST_PAIRS[kind], fits))
-    logger.info("mini-context size %d: %.1f GiB of memory are free on %s", size, free / 2**30, device)
+    logger.debug("mini-context size %d: %.1f GiB of memory are free on %s", size, free / 2**30, device)
     return size

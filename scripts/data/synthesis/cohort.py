@@ -112,8 +112,7 @@ def synthesize_cohort(
                 label_maps.draw(draws, size, structures, subjects) if real else draw_anatomy(draws, size, structures)
             )
             strength = draw_strength(draws) if spread is None else spread
-            least = max(1, round(2 * MIN_LABEL_FRACTION * math.prod(size)))
-            found = _show(seed, attempt, draws, anatomy, subjects, size, modalities, lesions, labelled, strength, least)
+            found = _show(seed, attempt, draws, anatomy, subjects, size, modalities, lesions, labelled, strength)
         except NoRoomError:
             continue
         names = [f"structure{number}" for number in range(1, structures + 1)] + [LESION] * labelled
@@ -132,9 +131,9 @@ def _show(
     lesions: bool,
     labelled: bool,
     strength: float,
-    least: int,
 ) -> tuple[Tensor, Tensor]:
-    """Images and labels of an anatomy's subjects, with half of ``least`` voxels of each label at the least."""
+    """Images and labels of an anatomy's subjects; of each label ``MIN_LABEL_FRACTION`` of the grid at the least."""
+    least = max(1, round(2 * MIN_LABEL_FRACTION * math.prod(size)))
     tissues = anatomy.tissues + 1  # the last one is the lesions'
     shape = draw_shape(draws)
     contrasts = [draw_contrast(draws, anatomy, size, tissues) for _ in range(modalities)]

@@ -147,7 +147,9 @@ class LabelMaps:
                 break
         else:
             raise NoRoomError(f"no place of these label maps shows {num_labels} labels")
-        return self._anatomy(views, labels, tissues, alike, draws.device)
+        maps, centres = [view.map.to(draws.device) for view in views], [view.centre for view in views]
+        per_unit = [view.voxels_per_unit for view in views]
+        return Anatomy(maps, centres, per_unit, labels, tissues, alike, self.kinds, self.t1_means)
 
     def _place(self, draws: Draws, chosen: Sequence[_Subject]) -> tuple[float, list[Tensor]]:
         """Length of the grid's longest side in mm, and the voxel of each person that its middle shows."""
@@ -163,18 +165,6 @@ class LabelMaps:
         place = torch.tensor(np.unravel_index(places[draws.integer(0, len(places) - 1)], chosen[0].tissues.shape))
         offset_mm = (place - chosen[0].centroids[anchor]) * chosen[0].spacing_mm
         return field_mm, [p.centroids[anchor] + offset_mm / p.spacing_mm for p in chosen]
-
-    def _anatomy(
-        self,
-        views: Sequence[_View],
-        labels: tuple[tuple[int, ...], ...],
-        tissues: int,
-        alike: tuple[tuple[int, int], ...],
-        device: torch.device | str = "cpu",
-    ) -> Anatomy:
-        maps, centres = [view.map.to(device) for view in views], [view.centre for view in views]
-        per_unit = [view.voxels_per_unit for view in views]
-        return Anatomy(maps, centres, per_unit, labels, tissues, alike, self.kinds, self.t1_means)
 
     def _labels(
         self, draws: Draws, views: Sequence[_View], found: list[int], num_labels: int

@@ -36,10 +36,10 @@ SEARCH_WINDOW_VOXELS = 4.0
 MARGIN = 0.15
 """Share of the target's size that is taken of the contexts around it, where a start is given."""
 AFFINE_ITERATIONS = (20, 4)
-DEFORMABLE_ITERATIONS = (30, 12)
+DEFORMABLE_ITERATIONS = (30, 16)
 """With voxels of twice the working size, then of the working size."""
 FLUID_VOXELS = 0.7
-ELASTIC_VOXELS = 1.0
+ELASTIC_VOXELS = 0.6
 """Sigma of what smooths updates and displacements."""
 
 

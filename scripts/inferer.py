@@ -77,6 +77,7 @@ class ICLInferer(Inferer):
         amp: autocast to bfloat16; ``auto`` where the device is made for it.
         align: ``off``, ``affine`` or ``deformable``; None is ``deformable`` for segmentation and ``off`` for
             generation.
+        evidence: show the network evidence for each label (:mod:`scripts.data.evidence`) where contexts are aligned.
         alignment_record: JSON file to remember the transforms between contexts in.
     """
 
@@ -93,6 +94,7 @@ class ICLInferer(Inferer):
         overlap: float = 0.25,
         amp: bool | str = "auto",
         align: str | None = None,
+        evidence: bool = True,
         alignment_record: str | None = None,
     ) -> None:
         if task not in ("segmentation", "generation"):
@@ -111,6 +113,7 @@ class ICLInferer(Inferer):
         self.overlap = overlap
         self.amp = settled_amp(amp, self.device)
         self.align = align
+        self.evidence = evidence
         self.alignment_record = alignment_record
         self.share = EVEN_SHARE
         """Of the network in the scores of aligned views; the rest is the contexts' votes."""
@@ -148,6 +151,7 @@ class ICLInferer(Inferer):
                 2**halvings,
                 cache_bytes(self.cache_mb, torch.device("cpu")),
                 self.alignment_record,
+                self.evidence,
             )
         return self._aligned
 
@@ -414,7 +418,8 @@ class ICLInferer(Inferer):
         for value, chosen in members.items():
             if chosen:
                 images, wanted = (part[None] for part in episodes.episode(chosen, value))
-                scores.append(network(window, images, wanted, mini_context_size=self.mini_context_size or 1).float())
+                shown = episodes.shown(window, value)
+                scores.append(network(shown, images, wanted, mini_context_size=self.mini_context_size or 1).float())
             else:
                 scores.append(torch.zeros_like(window))
             if on_label is not None:

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, DistributedSampler, default_collate, get_w
 from scripts.data.aligned_members import AlignedMembers
 from scripts.data.augmentation import NO_GIN, GroupAugmentation
 from scripts.data.collection import Collection
+from scripts.data.evidence import evidence, evidence_table
 from scripts.data.integrity import ignored_values
 from scripts.data.nnunet import Case, DatasetError
 from scripts.data.prepared import PreparedCases
@@ -67,7 +68,8 @@ class EpisodeDataset(Dataset):
       :data:`IGNORED` where the label map has a value of no class (nnU-Net's "ignore");
     - ``ignores`` (bool): there are such voxels;
     - ``generation`` (bool), ``loss_weight``, ``unpaired`` (bool: contexts take each other's labels), ``gin`` (seed of
-      the intensity augmentation that the engine applies, -1 for none);
+      the intensity augmentation that the engine applies, -1 for none), ``evidence`` (bool: images are shown as
+      :mod:`scripts.data.evidence` of the foreground);
     - ``targets``: how many of the members, from the first on, may be the target: all, or of cases brought to the first
       one it alone;
     - ``dataset``, ``task``, ``classes`` and ``cases``: names.
@@ -95,6 +97,7 @@ class EpisodeDataset(Dataset):
         unpair_fraction: in this last fraction of the training, contexts of segmentation groups are presented with
             each other's labels ("When to Unpair", arXiv 2610.10335).
         epochs: length of the training, for ``unpair_fraction``.
+        evidence_share: share of the segmentation groups of a training whose images are shown as evidence.
         seed: of the draws.
     """
 
@@ -112,6 +115,7 @@ class EpisodeDataset(Dataset):
         alignment: AlignedMembers | None = None,
         unpair_fraction: float = 0.0,
         epochs: int = 1,
+        evidence_share: float = 0.0,
         seed: int = 0,
     ) -> None:
         if part not in ("train", "val"):
@@ -125,6 +129,8 @@ class EpisodeDataset(Dataset):
             )
         if not 0 <= unpair_fraction <= 1:
             raise ValueError(f"unpair_fraction must be in [0, 1], got {unpair_fraction}")
+        if not 0 <= evidence_share <= 1:
+            raise ValueError(f"evidence_share must be in [0, 1], got {evidence_share}")
         if unpair_fraction and self.low < 2:
             raise ValueError(f"unpair_fraction needs two contexts at least, got context_size {context_size}")
         self.data = data
@@ -138,6 +144,7 @@ class EpisodeDataset(Dataset):
         self.augmentation = augmentation if part == "train" else None
         self.alignment = alignment
         self.unpair_from = epochs - round(unpair_fraction * epochs) if unpair_fraction and part == "train" else None
+        self.evidence_share = evidence_share if part == "train" else 0.0
         self.seed = int(seed)
         self._rows: list[SourcedRow] = []
         self._chances = np.ones(0)
@@ -368,6 +375,7 @@ class EpisodeDataset(Dataset):
             image, label, gin = self.augmentation(image, label, task.generation, np.random.default_rng(drawn))
         if ignored is not None:
             label = label.masked_fill(ignored, IGNORED)
+        evident = np.random.default_rng([self.seed, 8, number]).random() < self.evidence_share
         late = self.unpair_from is not None and number // self.groups_per_epoch >= self.unpair_from
         return {
             "image": image,
@@ -376,6 +384,7 @@ class EpisodeDataset(Dataset):
             "generation": task.generation,
             "loss_weight": torch.tensor(group.row.loss_weight, dtype=torch.float32),
             "unpaired": late and not task.generation,
+            "evidence": evident and not task.generation,
             "gin": gin,
             "targets": targets,
             "dataset": group.members[0]["dataset"],
@@ -490,7 +499,8 @@ def as_episode(group: dict[str, Any], target: int) -> tuple[Tensor, Tensor, Tens
 
     Args:
         group: ``image`` and ``label``, each ``(B, L+1, 1, H, W, D)``; ``unpaired`` ``(B,)``, where it is true each
-            context takes the label of the one before it.
+            context takes the label of the one before it; ``evidence`` ``(B,)``, where it is true the images are
+            evidence of what the contexts' labels mark.
         target: number of the member.
 
     Returns:
@@ -506,4 +516,9 @@ def as_episode(group: dict[str, Any], target: int) -> tuple[Tensor, Tensor, Tens
     if "unpaired" in group and group["unpaired"].any():
         rolled = context_out.roll(1, dims=1)
         context_out = torch.where(group["unpaired"].view(-1, 1, 1, 1, 1, 1), rolled, context_out)
+    if "evidence" in group and group["evidence"].any():
+        image = image.clone()
+        for number in group["evidence"].nonzero().flatten().tolist():
+            table = evidence_table(image[number, others], context_out[number])
+            image[number] = evidence(image[number], table)
     return image[:, target], label[:, target], image[:, others], context_out

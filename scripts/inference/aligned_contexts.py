@@ -127,6 +127,7 @@ class AlignedContexts:
         divisor: the network takes sizes divisible by this.
         budget_bytes: host memory for crops of the contexts that are kept; what does not fit is read again.
         record: JSON file to remember transforms between contexts in; None remembers nothing.
+        evidence: as :class:`~scripts.inference.aligned_view.AlignedView`.
     """
 
     def __init__(
@@ -137,11 +138,13 @@ class AlignedContexts:
         divisor: int,
         budget_bytes: int,
         record: str | Path | None = None,
+        evidence: bool = True,
     ) -> None:
         self.context = context
         self.mode = mode
         self.device = device
         self.divisor = divisor
+        self.evidence = evidence
         self._record = None if record is None else Path(record)
         self._known: dict[int, _Known] = {}
         self._from_first: dict[int, np.ndarray | None] = {}
@@ -396,7 +399,7 @@ class AlignedContexts:
         padded = Preprocessing(sizes, group.spacing_mm).target(target.scan, box)
         if plain.min() == plain.max():
             return None
-        view = AlignedView(padded, group.values, self.context.generation, self._window())
+        view = AlignedView(padded, group.values, self.context.generation, self._window(), self.evidence)
         region = plain.to(self.device)
         for numbers in _batches(list(starts)):
             crops = {n: self._crop(n, region, starts[n]) for n in numbers}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -12,15 +12,17 @@ from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
 from torch import Tensor
 
+from scripts.data.evidence import evidence, evidence_table
 from scripts.data.label_decision import MASK_THRESHOLD, winning_label
 from scripts.data.preprocessing import PERCENTILES
 from scripts.inference.views import Members, Parts, WindowScores
 from scripts.registration import Alignment, vote, vote_weights
 
 LIKENESS = (0.65, 0.8)
-"""Correlation of intensities, median over the contexts, up to which the network says nothing, and from which it has its
-full share. In one contrast it is 0.78 to 0.92, in different ones -0.1 to 0.7, where the network, which knows no such
-contexts, is far behind the votes (development cases)."""
+"""Correlation of intensities, median over the contexts, up to which the target's evidence comes from its own
+intensities, by where contexts vote, and from which it comes from the contexts' intensities. Without evidence the
+network says nothing up to the one, and has its full share from the other. In one contrast it is 0.78 to 0.92, in
+different ones -0.1 to 0.7 (development cases)."""
 
 COVERING_PART = 0.2
 """A context votes only if it covers at least so much of the region."""
@@ -34,6 +36,7 @@ class AlignedView:
         values: labels.
         generation: the contexts' labels are images; there is one label, 1.
         window: what the network sees at once; a larger region is tiled.
+        evidence: show the network evidence for each label instead of intensities; not for generation.
 
     Attributes:
         image: as given.
@@ -44,7 +47,9 @@ class AlignedView:
             the share of ``folded`` voxels.
     """
 
-    def __init__(self, image: MetaTensor, values: Sequence[int], generation: bool, window: Sequence[int]) -> None:
+    def __init__(
+        self, image: MetaTensor, values: Sequence[int], generation: bool, window: Sequence[int], evidence: bool
+    ) -> None:
         self.image = image
         self.values = tuple(values)
         self.similarity: dict[int, float] = {}
@@ -52,8 +57,9 @@ class AlignedView:
         self.facts: dict[str, Any] = {}
         self._generation = generation
         self._window = list(window)
+        self._evidence = evidence and not generation
         self._kind = ""
-        self._say = 1.0
+        self._alike = 1.0
         self._folded = 0.0
         self._images: dict[int, Tensor] = {}
         self._labels: dict[int, Tensor] = {}
@@ -96,7 +102,7 @@ class AlignedView:
         likeness = float(
             np.median([_correlation(self.image[0].as_tensor(), image[0]) for image in self._images.values()])
         )
-        self._say = 1.0 if self._generation else min(max((likeness - low) / (high - low), 0.0), 1.0)
+        self._alike = min(max((likeness - low) / (high - low), 0.0), 1.0)
         self.facts = {
             "labels": list(self.values),
             "spacing_mm": round(spacing, 3),
@@ -133,20 +139,36 @@ class AlignedView:
             empty = target.new_zeros((len(self.values), *target.shape[1:]))
             return empty, empty
         images, labels = self.pairs(numbers)
+        votes = self._votes(members, numbers, images, labels)
+        share = 1.0 if self._generation or self._evidence else self._alike
+        if share == 0:
+            return votes, votes
+        place = {number: i for i, number in enumerate(numbers)}
+        lenses = self._lenses(members, place, images, labels, votes) if self._evidence else {}
         wanted = labels if self._generation else (labels > MASK_THRESHOLD).float()
         stack = torch.cat([target, images.flatten(0, 1), wanted.flatten(0, 1)])[None]
-        place = {number: i for i, number in enumerate(numbers)}
 
         def scores_of(window: Tensor) -> Tensor:
-            seen = _Seen(window[0, 1:], place, self.values)
-            return of_window(window[:, :1], seen, members)
+            return of_window(window[:, :1], _Seen(window[0, 1:], place, self.values, lenses), members)
 
-        votes = self._votes(members, numbers, images, labels)
-        if self._say == 0:
-            return votes, votes
         roi = [min(size, most) for size, most in zip(target.shape[1:], self._window, strict=True)]
         scores = sliding_window_inference(stack, roi, 1, scores_of, overlap, mode="gaussian")[0]
-        return torch.lerp(votes, scores, self._say), votes
+        return torch.lerp(votes, scores, share), votes
+
+    def _lenses(
+        self, members: Members, place: dict[int, int], images: Tensor, labels: Tensor, votes: Tensor
+    ) -> dict[int, _Lens]:
+        """By label, what shows target and contexts as evidence for it."""
+        lenses = {}
+        for channel, value in enumerate(self.values):
+            rows = [place[number] for number in members[value]]
+            if not rows:
+                continue
+            of_contexts = evidence_table(images[rows], labels[rows, channel : channel + 1])
+            voted = votes[None, channel : channel + 1]
+            own = evidence_table(self.image.as_tensor()[None], voted / voted.max().clamp(min=1e-6))
+            lenses[value] = _Lens(torch.lerp(own, of_contexts, self._alike), of_contexts)
+        return lenses
 
     def _votes(self, members: Members, numbers: Sequence[int], images: Tensor, labels: Tensor) -> Tensor:
         votes, weights = [], {}
@@ -183,6 +205,13 @@ class EmptyView:
         return self.image.as_tensor().new_zeros((len(self.values), *self.image.shape[1:])), None
 
 
+class _Lens(NamedTuple):
+    """Tables of :mod:`scripts.data.evidence` for a label; of one contrast they are the same."""
+
+    of_target: Tensor
+    of_contexts: Tensor
+
+
 class _Seen:
     """The part of aligned contexts that a window shows.
 
@@ -190,19 +219,30 @@ class _Seen:
         channels: ``(L + L * K, H, W, D)``: L images, and K wanted outputs of each.
         place: position among the L by number.
         values: the K labels.
+        lenses: by label, what it is shown through; those without are shown as they are.
     """
 
-    def __init__(self, channels: Tensor, place: dict[int, int], values: Sequence[int]) -> None:
+    def __init__(
+        self, channels: Tensor, place: dict[int, int], values: Sequence[int], lenses: dict[int, _Lens]
+    ) -> None:
         count = len(place)
         self._images = channels[:count]
         self._wanted = channels[count:].unflatten(0, (count, len(values)))
         self._place = place
         self._values = values
+        self._lenses = lenses
 
     def episode(self, numbers: Sequence[int], value: int) -> tuple[Tensor, Tensor]:
         """As :class:`~scripts.inference.views.Episodes`."""
         rows = [self._place[number] for number in numbers]
-        return self._images[rows][:, None], self._wanted[rows, self._values.index(value)][:, None]
+        images = self._images[rows][:, None]
+        if value in self._lenses:
+            images = evidence(images, self._lenses[value].of_contexts)
+        return images, self._wanted[rows, self._values.index(value)][:, None]
+
+    def shown(self, window: Tensor, value: int) -> Tensor:
+        """As :class:`~scripts.inference.views.Episodes`."""
+        return evidence(window, self._lenses[value].of_target) if value in self._lenses else window
 
 
 def _correlation(image: Tensor, other: Tensor) -> float:

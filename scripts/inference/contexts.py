@@ -90,6 +90,10 @@ class ContextSet:
         images, labels = self.pairs(numbers)
         return images, labels if self.generation else (labels == value).float()
 
+    def shown(self, window: Tensor, value: int) -> Tensor:
+        """As :class:`~scripts.inference.views.Episodes`: as it is."""
+        return window
+
     def native(self, number: int) -> tuple[MetaTensor, MetaTensor]:
         """Image and label of a pair on their own voxels, see :meth:`ContextPairs.native`."""
         return self._pairs.native(number)

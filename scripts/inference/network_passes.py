@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from scripts.inference.contexts import ContextSet
 from scripts.inference.memory_plan import fitting_pairs, map_bytes
 from scripts.inference.tensor_cache import TensorCache
+from scripts.inference.views import Episodes
 from scripts.networks import Neuroverse3D
 from scripts.runtime.memory import cache_bytes, is_out_of_memory
 
@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 class Passes:
     """Scores of windows from a context set.
 
-    The target's encoding is the same for all labels, so each window is encoded once. The first unit of a context
-    pair's encoding (its *stem*) is the same for all targets, so it is kept as far as the memory budget goes. When
-    memory runs out, the mini-context size is halved, the stems are dropped, and the pass is tried once more.
+    A window that is shown alike for all labels is encoded once. The first unit of a context pair's encoding (its
+    *stem*) is the same for all targets, so it is kept as far as the memory budget goes. When memory runs out, the
+    mini-context size is halved, the stems are dropped, and the pass is tried once more.
 
     Args:
         network: the network.
@@ -35,7 +35,7 @@ class Passes:
     def __init__(
         self,
         network: Neuroverse3D,
-        context: ContextSet,
+        context: Episodes,
         mini_context_size: int | None = None,
         cache_mb: float | None = None,
         amp: bool = False,
@@ -67,11 +67,13 @@ class Passes:
             RuntimeError: memory does not suffice even so; the message says what would help.
         """
         self._plan(window)
-        target_maps = self._retried(lambda: self.network.encode_target(window))
-        scores = []
+        encoded, target_maps, scores = None, [], []
         for value, chosen in members.items():
             if chosen:
-                scores.append(self._retried(lambda v=value, c=chosen: self._one_label(target_maps, v, c)))
+                shown = self.context.shown(window, value)
+                if shown is not encoded:
+                    encoded, target_maps = shown, self._retried(lambda x=shown: self.network.encode_target(x))
+                scores.append(self._retried(lambda m=target_maps, v=value, c=chosen: self._one_label(m, v, c)))
             else:
                 scores.append(torch.zeros_like(window))
             if on_label is not None:

@@ -24,7 +24,7 @@ from scripts.runtime.shards import Shard
 
 _PROBE_BYTES = 2**20
 _LOCKS = "inference-"
-_IN_FINGERPRINT = ("align", "amp")
+_IN_FINGERPRINT = ("align", "amp", "evidence")
 """Options of a report's settings that another value of makes another run."""
 _TUNED = "tuned"
 _POLL_SECONDS = 1.0

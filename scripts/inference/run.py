@@ -31,7 +31,7 @@ from scripts.runtime.processes import meet_processes
 logger = logging.getLogger(__name__)
 
 _SAID_OF_TUNING = ("minutes", "kept", "dice_before", "dice_after", "gain", "judged", "judged_on")
-_SETTINGS = ("overlap", "mini_context_size", "amp", "align")
+_SETTINGS = ("overlap", "mini_context_size", "amp", "align", "evidence")
 
 
 class InferenceRun(Sequence[Case]):
@@ -238,6 +238,7 @@ class InferenceRun(Sequence[Case]):
             predictor.overlap,
             predictor.amp,
             predictor.align,
+            predictor.evidence,
             self.inferer.settings,
             *([["tune", self.tune]] if self.tune else []),
         ]

@@ -22,6 +22,9 @@ class Episodes(Protocol):
     def episode(self, numbers: Sequence[int], value: int) -> tuple[Tensor, Tensor]:
         """Images and wanted outputs ``(n, 1, H, W, D)`` of some pairs for one label."""
 
+    def shown(self, window: Tensor, value: int) -> Tensor:
+        """The window as it is shown beside them, the very same tensor where that does not depend on the label."""
+
 
 WindowScores = Callable[[Tensor, Episodes, Members], Tensor]
 """``(1, 1, H, W, D)``, contexts, members -> scores ``(1, k, H, W, D)``, a channel per label."""

@@ -106,6 +106,9 @@ OPTIONS: dict[str, Option] = {
     "amp_dtype": Option("text", "bfloat16, or float16 with scaled gradients for GPUs without bfloat16"),
     "activation_checkpointing": Option("flag", "recompute activations in the backward pass: less memory, more time"),
     "compile": Option("flag", "compile the network's parts with torch.compile (needs a C++ compiler)"),
+    "evidence_share": Option(
+        "float", "share of the segmentation groups whose images are shown as evidence of the labels"
+    ),
     "unpair_fraction": Option("float", "last fraction of the epochs in which contexts take each other's labels"),
     "augment": Option("flag", "change training groups at random; the _prob options are probabilities"),
     "flip_prob": Option("float", "mirror, for each axis"),
@@ -164,6 +167,7 @@ OPTIONS: dict[str, Option] = {
         "bring contexts to each target: off, affine or deformable; training: true or false",
         "deformable; generation: off",
     ),
+    "evidence": Option("flag", "show the network how much each voxel speaks for a label, where contexts are aligned"),
     "refine": Option("flag", "of earlier versions; does nothing"),
     "overlays": Option("flag", "write a picture per case"),
     "probabilities": Option("flag", "also write the scores, a float file per case and label"),

@@ -44,6 +44,7 @@ class AlignedEpisodes(Dataset):
         augmentation: of each group; None for none.
         unpair_fraction: share of the groups whose contexts take each other's labels ("When to Unpair", arXiv
             2610.10335).
+        evidence: images are shown as :mod:`scripts.data.evidence` of the labels.
         seed: of the draws.
     """
 
@@ -55,6 +56,7 @@ class AlignedEpisodes(Dataset):
         context_size: Sequence[int] = (2, 7),
         augmentation: AlignedAugmentation | None = None,
         unpair_fraction: float = 0.0,
+        evidence: bool = True,
         seed: int = 0,
     ) -> None:
         if not 0 <= unpair_fraction <= 1:
@@ -64,6 +66,7 @@ class AlignedEpisodes(Dataset):
         self.groups_per_epoch = int(groups_per_epoch)
         self.augmentation = augmentation
         self.unpair_fraction = unpair_fraction
+        self.evidence = evidence
         self.seed = int(seed)
         self.first = 0
         """Added to the number of every group."""
@@ -119,6 +122,7 @@ class AlignedEpisodes(Dataset):
             "generation": False,
             "loss_weight": torch.tensor(1.0),
             "unpaired": length > 1 and rng.random() < self.unpair_fraction,
+            "evidence": self.evidence,
             "gin": NO_GIN,
             "dataset": "contexts",
             "task": "segmentation",

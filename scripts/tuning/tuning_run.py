@@ -160,6 +160,7 @@ class TuningRun:
         for name, value in predictor.network.state_dict().items():
             digest.update(name.encode() + value.cpu().numpy().tobytes())
         facts = [digest.hexdigest(), predictor.context.fingerprint, predictor.label_values, predictor.align]
+        facts.append(predictor.evidence)
         return hashlib.sha256(json.dumps([*facts, self.minutes, self.settings]).encode()).hexdigest()
 
     def _finished(self, fingerprint: str) -> bool:

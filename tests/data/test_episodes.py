@@ -313,6 +313,22 @@ def test_as_episode_takes_one_out():
     assert torch.equal(answers, -contexts) and contexts.shape == (2, 3, 1, 1, 1, 1) and image.shape == (2, 1, 1, 1, 1)
 
 
+def test_as_episode_shows_the_evidence_of_the_contexts_alone():
+    generator = torch.Generator().manual_seed(0)
+    label = torch.zeros(1, 3, 1, 12, 12, 12)
+    label[..., 3:8, 3:8, 3:8] = 1
+    image = (0.2 + 0.5 * label + 0.05 * torch.rand(label.shape, generator=generator)).clamp(0, 1)
+    image[:, 0] = 1 - image[:, 0]  # the target has another contrast, and a label that must not be seen
+    group = {"image": image, "label": label, "evidence": torch.tensor([True])}
+    target, _, contexts, answers = as_episode(group, 0)
+    assert contexts[answers > 0.5].min() > 0.9 and contexts[answers < 0.5].max() < 0.1
+    assert target.min() >= 0 and target.max() <= 1
+    other = as_episode(group | {"label": label * torch.tensor([0, 1, 1]).view(1, 3, 1, 1, 1, 1)}, 0)
+    assert torch.equal(other[0], target) and torch.equal(group["image"], image)
+    plain = as_episode(group | {"evidence": torch.tensor([False])}, 0)
+    assert torch.equal(plain[0], image[:, 0]) and torch.equal(plain[2], image[:, 1:])
+
+
 # --- loading
 
 

@@ -326,6 +326,16 @@ def test_unpairing_begins_late_and_spares_images(episodes, write):
         episodes(path, unpair_fraction=0.5, context_size=[1, 3])
 
 
+def test_evidence_is_of_a_share_of_the_masks_and_never_of_images(episodes, write):
+    path = write({"dataset": "Dataset001_A"}, {"dataset": "Dataset001_A", "task": "inpainting"})
+    groups = [episodes(path, evidence_share=0.5)[number] for number in range(40)]
+    assert {(g["generation"], g["evidence"]) for g in groups} == {(True, False), (False, True), (False, False)}
+    assert not any(episodes(path)[number]["evidence"] for number in range(10)), "off by default"
+    assert not any(episodes(path, part="val", evidence_share=1.0)[number]["evidence"] for number in range(4))
+    with pytest.raises(ValueError, match="evidence_share"):
+        episodes(path, evidence_share=1.5)
+
+
 def test_a_dataset_for_a_loop_of_one_s_own(folder, tmp_path):
     dataset = EpisodeDataset.from_folder(
         str(folder), mode="val", augment=False, spatial_size=16, cache_dir=str(tmp_path), context_size=2

@@ -7,9 +7,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 from scipy.ndimage import affine_transform, gaussian_filter
 from scipy.spatial.transform import Rotation
 
+from scripts.data.preprocessing import Preprocessing
 from scripts.inference import aligned_contexts as alignment
 from scripts.inference.confidence import SHARES, ConfidentInferer
 from scripts.inference.self_test import dice_by_label
@@ -159,16 +161,62 @@ def test_a_target_that_most_contexts_do_not_align_with_is_doubted(near, aligned,
     assert target.doubt == doubt
 
 
-def test_contexts_of_another_contrast_vote_and_the_network_is_not_asked():
+def test_without_evidence_contexts_of_another_contrast_vote_and_the_network_is_not_asked():
     pairs = [subject(seed) for seed in range(4)]
     image, label = subject(10)
     for scan, alike in ((image, True), (image.max() - image, False)):
-        target = predicted(predictor(pairs, network=LabelAverage(factor=0.0)), scan)
+        inferer = predictor(pairs, network=LabelAverage(factor=0.0), evidence=False)
+        target = predicted(inferer, scan)
         (region,) = target.alignment["regions"]
-        network, votes = predictor(pairs).parts(target, LabelAverage(factor=0.0), {1: sorted(target.aligned)})[0]
+        network, votes = inferer.parts(target, inferer.network, {1: sorted(target.aligned)})[0]
         assert (region["intensities_alike"] > 0.8) == alike
         assert (network == votes).all() == (not alike) and votes.max() > 0.9
     assert region["compared"] == "edges" and dice(target.prediction, label)[0] > 0.7
+
+
+def on_view(mask, view):
+    return Preprocessing.label_on(MetaTensor(torch.from_numpy(mask)[None]), view.image)
+
+
+class Brightness(LabelAverage):
+    """Answers the target's image as it is shown, and keeps the contexts' ones."""
+
+    def forward(self, target, images, labels, mini_context_size):
+        self.images, self.labels = images, labels
+        return target
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_the_network_is_shown_evidence_whatever_the_target_s_contrast(inverted):
+    pairs = [subject(seed) for seed in range(4)]
+    image, label = subject(10)
+    network = Brightness()
+    inferer = predictor(pairs, network=network)
+    target = predicted(inferer, image.max() - image if inverted else image)
+    members = {1: sorted(target.aligned)}
+    evidence, _ = inferer.parts(target, network, members)[0]
+    where = on_view(label == 1, target.views[0])
+    inside, outside = evidence[where].mean(), evidence[~where].mean()
+    assert 0 <= evidence.min() and evidence.max() <= 1 and inside > 0.7 and outside < inside - 0.4
+    marked = network.labels > 0.5
+    assert network.images[marked].mean() > 0.7 and network.images[~marked].mean() < 0.4
+
+
+def test_each_label_has_evidence_of_its_own():
+    places = {1: (4, 3, 2), 2: (-5, 3, 2)}
+
+    def pair(seed):
+        image, label = subject(seed, places=places)
+        return np.where(label == 2, 0.5 * image, image), label  # 2 is dark, 1 bright
+
+    network = Brightness()
+    inferer = predictor([pair(seed) for seed in range(3)], network=network)
+    image, label = pair(10)
+    target = predicted(inferer, image)
+    (shown, _), view = inferer.parts(target, network, {v: sorted(target.aligned) for v in (1, 2)})[0], target.views[0]
+    for channel, value in enumerate((1, 2)):
+        own, other = (on_view(label == v, view)[0] for v in (value, 3 - value))
+        assert shown[channel][own].mean() > shown[channel][other].mean() + 0.4
 
 
 def test_labels_outside_of_the_scan_are_background():

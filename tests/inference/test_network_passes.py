@@ -20,6 +20,9 @@ class FewPairs:
         numbers = list(numbers)
         return self.images[numbers], (self.labels[numbers] == value).float()
 
+    def shown(self, window, value):
+        return window
+
 
 MEMBERS = {1: [0, 1, 2, 3, 4], 2: [1, 3], 7: []}
 
@@ -95,6 +98,22 @@ def test_out_of_memory_halves_the_mini_context_and_tries_once_more(network, monk
     monkeypatch.setattr(network, "read_contexts", broken)
     with pytest.raises(RuntimeError, match="something else"):
         Passes(network, context, 1).scores(window, MEMBERS)
+
+
+@torch.no_grad()
+def test_a_window_is_encoded_once_or_once_for_each_way_it_is_shown(network, monkeypatch):
+    context, window = FewPairs(), torch.rand(1, 1, 16, 16, 16)
+    encoded, encode = [], network.encode_target
+    monkeypatch.setattr(network, "encode_target", lambda x: encoded.append(x) or encode(x))
+    Passes(network, context).scores(window, MEMBERS)
+    assert len(encoded) == 1
+    monkeypatch.setattr(context, "shown", lambda window, value: window / value)
+    scores = Passes(network, context).scores(window, MEMBERS)
+    assert len(encoded) == 3
+    for channel, value in enumerate((1, 2)):
+        images, wanted = context.episode(MEMBERS[value], value)
+        expected = network(window / value, images[None], wanted[None])
+        torch.testing.assert_close(scores[:, channel : channel + 1], expected, atol=1e-6, rtol=1e-5)
 
 
 def test_cache_keeps_to_its_budget():

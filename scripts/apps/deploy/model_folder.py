@@ -37,6 +37,7 @@ MAY_BE_SET = (
     "context_selection",
     "channel",
     "align",
+    "evidence",
     "refine",
     "spacing",
     "mini_context_size",

@@ -16,7 +16,18 @@ from scripts.apps.monailabel.statuses import TooFewAnnotationsError
 from scripts.apps.monailabel.uploads import setting
 from scripts.runtime.workflow import plain_errors, start_workflow
 
-_SAME = ("labels", "context_size", "context_selection", "spacing", "align", "cache_mb", "amp", "seed", "device")
+_SAME = (
+    "labels",
+    "context_size",
+    "context_selection",
+    "spacing",
+    "align",
+    "evidence",
+    "cache_mb",
+    "amp",
+    "seed",
+    "device",
+)
 """Options that the app's predictor and its tuning share."""
 
 _SAID = ("kept", "dice_before", "dice_after", "gain", "judged", "judged_on")

@@ -36,11 +36,15 @@ SEARCH_WINDOW_VOXELS = 4.0
 MARGIN = 0.15
 """Share of the target's size that is taken of the contexts around it, where a start is given."""
 AFFINE_ITERATIONS = (20, 4)
-DEFORMABLE_ITERATIONS = (30, 16)
+DEFORMABLE_ITERATIONS = (30, 12)
 """With voxels of twice the working size, then of the working size."""
 FLUID_VOXELS = 0.7
-ELASTIC_VOXELS = 0.6
+ELASTIC_VOXELS = 1.0
 """Sigma of what smooths updates and displacements."""
+FINISHING_ITERATIONS = 12
+FINISHING_ELASTIC_VOXELS = 0.6
+"""In the end displacements may bend more. How much images agree is judged before: so bent, they agree somehow in any
+place."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +250,8 @@ def _register(
             affine, _, _ = gauss_newton(level, affine, every, AFFINE_ITERATIONS[1])
     moved = _moved(judged, affine, bent)
     known = judged.target != 0
+    if mode == "deformable":
+        bent = demons(judged, affine, bent, FINISHING_ITERATIONS, FLUID_VOXELS, FINISHING_ELASTIC_VOXELS)
     return Alignment(
         grid=judged.grid,
         affine=affine,

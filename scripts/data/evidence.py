@@ -36,9 +36,9 @@ def evidence_table(images: Tensor, masks: Tensor) -> Tensor:
         ``(BINS,)`` from 0 to 1; 0.5 for intensities that are seen neither inside nor around.
     """
     inside = masks > MASK_THRESHOLD
-    around = _reached(inside.float()) - inside.float()
-    bins = (images.clamp(0, 1) * (BINS - 1)).round().long().flatten()
-    found = torch.stack([bins.bincount(part.flatten(), BINS) for part in (inside.float(), around * (images > 0))])
+    around = _reached(inside) & ~inside & (images > 0)
+    bins = (images.clamp(0, 1) * (BINS - 1)).round().long()
+    found = torch.stack([bins[part].bincount(minlength=BINS) for part in (inside, around)]).float()
     kernel = gaussian_1d(torch.tensor(_SMOOTHING), truncated=4, normalize=True).to(found)
     wide = F.pad((found / found.sum(1, keepdim=True).clamp(min=1))[:, None], (len(kernel) // 2,) * 2, mode="replicate")
     density = F.conv1d(wide, kernel[None, None])[:, 0] + _LEAST
@@ -53,9 +53,11 @@ def evidence(image: Tensor, table: Tensor) -> Tensor:
     return torch.lerp(table[low], table[(low + 1).clamp(max=len(table) - 1)], place - low)
 
 
-def _reached(mask: Tensor) -> Tensor:
+def _reached(inside: Tensor) -> Tensor:
+    """Where a structure is no farther than its surroundings reach, along each axis."""
+    reached = inside.float()
     for axis in range(3):
         width = [1, 1, 1]
         width[axis] = 2 * SURROUNDINGS + 1
-        mask = F.max_pool3d(mask, width, 1, [n // 2 for n in width])
-    return mask
+        reached = F.max_pool3d(reached, width, 1, [n // 2 for n in width])
+    return reached > 0

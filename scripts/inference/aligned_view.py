@@ -164,10 +164,12 @@ class AlignedView:
             rows = [place[number] for number in members[value]]
             if not rows:
                 continue
-            of_contexts = evidence_table(images[rows], labels[rows, channel : channel + 1])
-            voted = votes[None, channel : channel + 1]
-            own = evidence_table(self.image.as_tensor()[None], voted / voted.max().clamp(min=1e-6))
-            lenses[value] = _Lens(torch.lerp(own, of_contexts, self._alike), of_contexts)
+            of_contexts = of_target = evidence_table(images[rows], labels[rows, channel : channel + 1])
+            if self._alike < 1:
+                voted = votes[None, channel : channel + 1]
+                own = evidence_table(self.image.as_tensor()[None], voted / voted.max().clamp(min=1e-6))
+                of_target = torch.lerp(own, of_contexts, self._alike)
+            lenses[value] = _Lens(of_target, of_contexts)
         return lenses
 
     def _votes(self, members: Members, numbers: Sequence[int], images: Tensor, labels: Tensor) -> Tensor:

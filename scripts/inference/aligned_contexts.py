@@ -259,10 +259,8 @@ class AlignedContexts:
     ) -> Alignment:
         """Affine transforms from a scan to contexts, as good as finding the regions needs them."""
         contexts = [self._on_device(number) for number in numbers]
-        grids = [canonical(volume)[1] for volume in (scan, *contexts)]
-        spacing = max(
-            working_spacing(grids[0], grids[1:]), COARSE_STEP * min(float(g.spacing.min()) for g in grids[1:])
-        )
+        finest = min(float(canonical(context)[1].spacing.min()) for context in contexts)
+        spacing = max(working_spacing(scan, contexts), COARSE_STEP * finest)
         return align(scan, contexts, "affine", start, spacing, kinds)
 
     def _on_device(self, number: int) -> MetaTensor:
@@ -408,7 +406,8 @@ class AlignedContexts:
                 continue
             images = [crops[n][0].to(self.device) for n in numbers]
             start = torch.stack([starts[n] for n in numbers])
-            found = align(region, images, self.mode, start, group.spacing_mm, kinds)
+            spacing = min(group.spacing_mm, working_spacing(region, images))
+            found = align(region, images, self.mode, start, spacing, kinds)
             for k, number in enumerate(numbers):
                 if bool(found.aligned[k]):
                     view.add(number, found, k, *crops[number])

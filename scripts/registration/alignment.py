@@ -21,6 +21,8 @@ from scripts.registration.similarity import KINDS, correlation, features
 MODES = ("search", "affine", "deformable")
 VOXEL_BUDGET = 100_000
 """Voxels of the working grid, about, unless a spacing is asked for."""
+FINEST = 0.75
+"""Smallest voxels of the working grid, over those of the finest context: scans agree to parts of a voxel."""
 SEARCH_VOXELS = 18
 """Of the smallest volume along an axis, about, in the search."""
 CANDIDATES = 4
@@ -36,13 +38,13 @@ SEARCH_WINDOW_VOXELS = 4.0
 MARGIN = 0.15
 """Share of the target's size that is taken of the contexts around it, where a start is given."""
 AFFINE_ITERATIONS = (20, 4)
-DEFORMABLE_ITERATIONS = (30, 12)
+DEFORMABLE_ITERATIONS = (40, 8)
 """With voxels of twice the working size, then of the working size."""
 FLUID_VOXELS = 0.7
 ELASTIC_VOXELS = 1.0
 """Sigma of what smooths updates and displacements."""
-FINISHING_ITERATIONS = 12
-FINISHING_ELASTIC_VOXELS = 0.6
+FINISHING_ITERATIONS = 20
+FINISHING_ELASTIC_VOXELS = 0.5
 """In the end displacements may bend more. How much images agree is judged before: so bent, they agree somehow in any
 place."""
 
@@ -143,7 +145,7 @@ def align(
         contexts: images alike.
         mode: the last step: ``search`` (coarse, affine), ``affine`` or ``deformable``.
         start: (K, 4, 4) transforms that are about right, as in :attr:`Alignment.affine`; nothing is searched then.
-        spacing_mm: voxel size of the working grid; None takes the contexts' own, or what :data:`VOXEL_BUDGET` allows.
+        spacing_mm: voxel size of the working grid; None is that of :func:`working_spacing`.
         kinds: what may be compared, of :data:`~scripts.registration.similarity.KINDS`.
 
     Raises:
@@ -158,7 +160,7 @@ def align(
         _check(context, f"context {number}")
     image, own = canonical(target)
     pairs = [canonical(context) for context in contexts]
-    spacing = spacing_mm or working_spacing(own, [grid for _, grid in pairs])
+    spacing = spacing_mm or working_spacing(target, contexts)
     scans = [_Scan(voxels, grid) for voxels, grid in pairs]
     if start is None:
         return _register(_Scan(image, own), scans, mode, spacing, kinds)
@@ -168,10 +170,15 @@ def align(
     return replace(found, affine=start @ found.affine)
 
 
-def working_spacing(target: Grid, contexts: Sequence[Grid]) -> float:
-    """Voxel size in mm: that of the finest context, unless the target would take more voxels than the budget."""
-    finest = min(float(grid.spacing.prod()) ** (1 / 3) for grid in contexts)
-    return max(finest, float(target.extent.prod() / VOXEL_BUDGET) ** (1 / 3))
+def working_spacing(target: MetaTensor, contexts: Sequence[MetaTensor]) -> float:
+    """Voxel size in mm: somewhat finer than the finest context's, unless the target would take more than the budget."""
+    finest = min(_mean_spacing(context) for context in contexts)
+    return max(FINEST * finest, _mean_spacing(target) * (target.numel() / VOXEL_BUDGET) ** (1 / 3))
+
+
+def _mean_spacing(volume: MetaTensor) -> float:
+    """Edge in mm of a cube as large as a voxel."""
+    return float(np.abs(np.linalg.det(np.asarray(volume.affine)[:3, :3])) ** (1 / 3))
 
 
 def _check(image: Tensor, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Deformable registration: symmetric demons on locally normalised images, all contexts at once, without autograd.
+"""Deformable registration: symmetric demons on locally normalised images, without autograd.
 
 Thirion 1998 (forces from both images' gradients); Vercauteren et al. 2009 (updates composed, so that small smooth
 steps add up to a map that does not fold).
@@ -34,20 +34,22 @@ def demons(level: Level, affine: Tensor, start: Tensor, iterations: int, fluid: 
     index = voxel_indices(grid.shape, target)
     smooth_update = separable.gaussian(grid.shape, fluid, target)
     smooth_field = separable.gaussian(grid.shape, elastic, target)
-    target_slope = gradient(target)
+    half_slope = gradient(target) / 2
     known = target != 0
-    displacement = start
-    for _ in range(iterations):
-        moved = warp_features(level.contexts, maps, index + displacement)
-        difference = (target - moved) * (known & (moved != 0))
-        slope = (target_slope + gradient(moved)) / 2
-        length = slope.square().sum(1, keepdim=True)
-        update = difference * slope / (length + difference.square()).clamp(min=1e-3)
-        update = separable.apply(update, smooth_update)
-        longest = update.square().sum(1, keepdim=True).sqrt()
-        update = update * (STEP_LIMIT / longest.clamp(min=STEP_LIMIT))
-        displacement = separable.apply(compose(displacement, update), smooth_field)
-    return displacement
+    found = torch.empty_like(start)
+    for k in range(len(start)):  # one by one, so that a context's maps stay in the processor's cache
+        context, place, displacement = level.contexts[k : k + 1], maps[k : k + 1], start[k : k + 1]
+        for _ in range(iterations):
+            moved = warp_features(context, place, index + displacement)
+            difference = (target - moved).mul_(known & (moved != 0))
+            slope = gradient(moved).mul_(0.5).add_(half_slope)
+            strength = slope.square().sum(1, keepdim=True).addcmul_(difference, difference).clamp_(min=1e-3)
+            update = separable.apply(slope.mul_(difference.div_(strength)), smooth_update)
+            longest = update.square().sum(1, keepdim=True).sqrt_()
+            update.mul_(STEP_LIMIT / longest.clamp_(min=STEP_LIMIT))
+            displacement = separable.apply(compose(displacement, update), smooth_field)
+        found[k] = displacement[0]
+    return found
 
 
 def voxel_indices(shape: tuple[int, int, int], like: Tensor) -> Tensor:
@@ -73,10 +75,13 @@ def compose(displacement: Tensor, update: Tensor) -> Tensor:
 
     To first order in the update, which is short against the smoothness of the displacement: a warp costs more.
     """
-    slopes = gradient(displacement).unflatten(1, (3, 3))
     composed = displacement + update
-    for axis in range(3):
-        composed.addcmul_(slopes[:, :, axis], update[:, axis : axis + 1])
+    for axis in range(2, 5):
+        inner = displacement.shape[axis] - 2
+        if inner > 0:  # slopes are 0 at the outer faces, as in gradient()
+            difference = displacement.narrow(axis, 2, inner) - displacement.narrow(axis, 0, inner)
+            along = update[:, axis - 2 : axis - 1].narrow(axis, 1, inner)
+            composed.narrow(axis, 1, inner).addcmul_(difference, along, value=0.5)
     return composed
 
 

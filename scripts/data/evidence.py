@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from monai.networks.layers import gaussian_1d
+from monai.transforms import generate_spatial_bounding_box
 from torch import Tensor
 
 from scripts.data.label_decision import MASK_THRESHOLD
@@ -36,6 +37,11 @@ def evidence_table(images: Tensor, masks: Tensor) -> Tensor:
         ``(BINS,)`` from 0 to 1; 0.5 for intensities that are seen neither inside nor around.
     """
     inside = masks > MASK_THRESHOLD
+    if not inside.any():
+        return torch.full((BINS,), 0.5)
+    first, last = generate_spatial_bounding_box(inside.any(0), margin=SURROUNDINGS, allow_smaller=True)
+    near = (..., *(slice(low, high) for low, high in zip(first, last, strict=True)))
+    inside, images = inside[near], images[near]
     around = _reached(inside) & ~inside & (images > 0)
     bins = (images.clamp(0, 1) * (BINS - 1)).round().long()
     found = torch.stack([bins[part].bincount(minlength=BINS) for part in (inside, around)]).float()

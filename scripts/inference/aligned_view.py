@@ -17,6 +17,7 @@ from scripts.data.label_decision import MASK_THRESHOLD, winning_label
 from scripts.data.preprocessing import PERCENTILES
 from scripts.inference.views import Members, Parts, WindowScores
 from scripts.registration import Alignment, vote, vote_weights
+from scripts.registration.grids import oriented
 
 LIKENESS = (0.76, 0.82)
 """Correlation of intensities, median over the contexts, up to which the target's evidence comes from its own
@@ -74,14 +75,19 @@ class AlignedView:
             image: ``(1, H, W, D)`` around the region, from 0 to 1.
             label: the same voxels.
         """
-        inside = torch.ones_like(image.as_tensor())
+        # in the order that they are sampled in, while there is one channel and not one per label
+        (voxels, grid), (label, _) = oriented(image), oriented(label)
+        wanted = label[0].contiguous()
+        both = torch.ones(2 + (1 if self._generation else len(self.values)), *grid.shape)
+        both[0] = voxels[0]
         if self._generation:
-            masks = label.as_tensor().float()
+            both[2] = wanted
         else:
-            masks = torch.cat([(label.as_tensor() == value).float() for value in self.values])
-        both = MetaTensor(torch.cat([image.as_tensor(), inside, masks]), affine=image.affine)
+            for mask, value in zip(both[2:], self.values, strict=True):
+                torch.eq(wanted, value, out=mask)
         device = found.displacement.device if found.displacement is not None else self.image.device
-        warped = found.warp(both.to(device), k, self.image.shape[1:], self.image.affine).cpu()
+        both = MetaTensor(both.to(device), affine=grid.affine)
+        warped = found.warp(both, k, self.image.shape[1:], self.image.affine).cpu()
         seen = warped[1] > MASK_THRESHOLD
         if seen.float().mean() < COVERING_PART:
             return

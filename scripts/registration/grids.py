@@ -67,8 +67,8 @@ class Grid:
         return Grid(tuple(shape), affine)
 
 
-def canonical(volume: MetaTensor) -> tuple[Tensor, Grid]:
-    """Voxels (C, H, W, D), float32, in the order nearest to RAS, and where they lie; nothing is interpolated."""
+def oriented(volume: MetaTensor) -> tuple[Tensor, Grid]:
+    """Voxels (C, H, W, D), of their own type, in the order nearest to RAS, and where they lie."""
     affine = np.asarray(volume.affine.detach().cpu(), dtype=np.float64)
     orientation = nib.io_orientation(affine)
     shape = volume.shape[1:]
@@ -77,8 +77,14 @@ def canonical(volume: MetaTensor) -> tuple[Tensor, Grid]:
     flips = [axis + 1 for axis in range(3) if orientation[axis, 1] < 0]
     data = data.flip(flips) if flips else data
     order = np.argsort(orientation[:, 0])
-    data = data.permute(0, *(int(axis) + 1 for axis in order)).contiguous().float()
+    data = data.permute(0, *(int(axis) + 1 for axis in order))
     return data, Grid(tuple(data.shape[1:]), torch.from_numpy(affine.round(AFFINE_DECIMALS)))
+
+
+def canonical(volume: MetaTensor) -> tuple[Tensor, Grid]:
+    """As :func:`oriented`, float32 and contiguous; nothing is interpolated."""
+    data, grid = oriented(volume)
+    return data.contiguous().float(), grid
 
 
 def resample(data: Tensor, old: Grid, new: Grid) -> Tensor:

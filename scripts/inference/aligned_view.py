@@ -25,6 +25,9 @@ intensities, by where contexts vote, and from which it comes from the contexts' 
 network says nothing up to the one, and has its full share from the other. In one contrast it is 0.80 to 0.91, in
 different ones -0.3 to 0.75 (development cases)."""
 
+LONE_VOTE = 0.5
+"""What counts of the vote of a context that is alone, without another to agree with; the rest is the network's."""
+
 COVERING_PART = 0.2
 """A context votes only if it covers at least so much of the region."""
 
@@ -159,7 +162,11 @@ class AlignedView:
 
         roi = [min(size, most) for size, most in zip(target.shape[1:], self._window, strict=True)]
         scores = sliding_window_inference(stack, roi, 1, scores_of, overlap, mode="gaussian")[0]
-        return torch.lerp(votes, scores, share), votes
+        network = torch.lerp(votes, scores, share)
+        for channel, value in enumerate(self.values):
+            if len(members[value]) == 1:
+                votes[channel] = torch.lerp(network[channel], votes[channel], LONE_VOTE)
+        return network, votes
 
     def _lenses(
         self, members: Members, place: dict[int, int], images: Tensor, labels: Tensor, votes: Tensor

@@ -174,6 +174,14 @@ def test_without_evidence_contexts_of_another_contrast_vote_and_the_network_is_n
     assert region["compared"] == "edges" and dice(target.prediction, label)[0] > 0.7
 
 
+def test_the_vote_of_a_context_alone_is_half_the_networks():
+    inferer = predictor([subject(seed) for seed in range(2)], network=LabelAverage(factor=0.0))
+    target = predicted(inferer, subject(10)[0])
+    (both,), (alone,) = (inferer.parts(target, inferer.network, {1: chosen}) for chosen in ([0, 1], [0]))
+    assert both[0].max() == alone[0].max() == 0  # a network that says nothing
+    assert both[1].max() > 0.9 and 0.45 < alone[1].max() <= 0.5
+
+
 def on_view(mask, view):
     return Preprocessing.label_on(MetaTensor(torch.from_numpy(mask)[None]), view.image)
 

@@ -18,6 +18,7 @@ from scripts.data.preprocessing import PERCENTILES
 from scripts.inference.views import Members, Parts, WindowScores
 from scripts.registration import Alignment, vote, vote_weights
 from scripts.registration.grids import oriented
+from scripts.registration.similarity import likeness
 
 LIKENESS = (0.76, 0.82)
 """Correlation of intensities, median over the contexts, up to which the target's evidence comes from its own
@@ -108,17 +109,15 @@ class AlignedView:
         centre = nib.affines.apply_affine(np.asarray(scan.affine), [(low + high - 1) / 2 for low, high in box])
         spacing = float(nib.affines.voxel_sizes(np.asarray(self.image.affine))[0])
         low, high = LIKENESS
-        likeness = float(
-            np.median([_correlation(self.image[0].as_tensor(), image[0]) for image in self._images.values()])
-        )
-        self._alike = min(max((likeness - low) / (high - low), 0.0), 1.0)
+        alike = float(likeness(self.image.as_tensor()[None], torch.stack([*self._images.values()])).quantile(0.5))
+        self._alike = min(max((alike - low) / (high - low), 0.0), 1.0)
         self.facts = {
             "labels": list(self.values),
             "spacing_mm": round(spacing, 3),
             "region_mm": [round(size * spacing, 1) for size in self.image.shape[1:]],
             "centre_mm": [round(float(place), 1) for place in centre],
             "compared": self._kind,
-            "intensities_alike": round(likeness, 3),
+            "intensities_alike": round(alike, 3),
             "folded": round(self._folded, 5),
         }
         return self
@@ -258,13 +257,6 @@ class _Seen:
     def shown(self, window: Tensor, value: int) -> Tensor:
         """As :class:`~scripts.inference.views.Episodes`."""
         return evidence(window, self._lenses[value].of_target) if value in self._lenses else window
-
-
-def _correlation(image: Tensor, other: Tensor) -> float:
-    """Of two images where neither is 0."""
-    both = torch.stack((image, other))[:, (image > 0) & (other > 0)]
-    found = float(torch.corrcoef(both)[0, 1]) if both.shape[1] > 1 else 0.0
-    return found if np.isfinite(found) else 0.0
 
 
 def _scaled(image: Tensor, inside: Tensor) -> Tensor:

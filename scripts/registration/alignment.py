@@ -16,7 +16,7 @@ from scripts.registration.affine import Level, gauss_newton, plausible, rigid_ba
 from scripts.registration.deformable import demons, folded_share, voxel_indices, voxel_maps, warp_features
 from scripts.registration.grids import Grid, canonical, resample, sample
 from scripts.registration.search import search
-from scripts.registration.similarity import KINDS, correlation, features
+from scripts.registration.similarity import EDGES, KINDS, VALUES, correlation, features, likeness
 
 MODES = ("search", "affine", "deformable")
 VOXEL_BUDGET = 100_000
@@ -47,6 +47,10 @@ FINISHING_ITERATIONS = 20
 FINISHING_ELASTIC_VOXELS = 0.5
 """In the end displacements may bend more. How much images agree is judged before: so bent, they agree somehow in any
 place."""
+ALIKE = 0.73
+"""Likeness (median over the contexts) from which intensities may bend scans more in the end; edges always may. Bent by
+the intensities of another contrast, structures move to where they do not belong. In one contrast it is 0.76 and more,
+in different ones up to 0.70 (development cases)."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +261,7 @@ def _register(
             affine, _, _ = gauss_newton(level, affine, every, AFFINE_ITERATIONS[1])
     moved = _moved(judged, affine, bent)
     known = judged.target != 0
-    if mode == "deformable":
+    if mode == "deformable" and (kind == EDGES or _alike(target, contexts, affine, bent, spacing)):
         bent = demons(judged, affine, bent, FINISHING_ITERATIONS, FLUID_VOXELS, FINISHING_ELASTIC_VOXELS)
     return Alignment(
         grid=judged.grid,
@@ -322,6 +326,12 @@ def _better_kind(level: Level, affine: Tensor, kinds: Sequence[str]) -> str:
 def _moved(level: Level, affine: Tensor, displacement: Tensor) -> Tensor:
     maps = voxel_maps(level, affine).to(displacement)
     return warp_features(level.contexts, maps, voxel_indices(level.grid.shape, displacement) + displacement)
+
+
+def _alike(target: _Scan, contexts: Sequence[_Scan], affine: Tensor, displacement: Tensor, spacing: float) -> bool:
+    """Whether scans are of one contrast, by their intensities where displacements on working voxels bring them."""
+    level = _level(target, contexts, spacing, (VALUES,), WINDOW_VOXELS)
+    return float(likeness(level.target, _moved(level, affine, displacement)).quantile(0.5)) >= ALIKE
 
 
 def _centred(target: _Scan, contexts: Sequence[_Scan]) -> Tensor:

@@ -16,6 +16,8 @@ FLOOR = 0.1
 """Local standard deviations below this share of the image's mean one are noise; they are not blown up."""
 EDGES = "edges"
 KINDS = ("intensity", EDGES)
+VALUES = "values"
+"""Of :func:`features`, beside :data:`KINDS`: the image itself."""
 
 
 def locally_normalised(image: Tensor, inside: Tensor, window: float) -> Tensor:
@@ -57,7 +59,9 @@ def gradient(image: Tensor) -> Tensor:
 
 
 def features(image: Tensor, inside: Tensor, kind: str, window: float) -> Tensor:
-    """Locally normalised image of a kind, (K, 1, H, W, D)."""
+    """Locally normalised image of a kind, or the image itself, 0 outside of the field of view; (K, 1, H, W, D)."""
+    if kind == VALUES:
+        return image * (inside > 0.5)
     if kind == EDGES:
         image = edge_length(image)
     return locally_normalised(image, inside, window)
@@ -69,6 +73,16 @@ def correlation(target: Tensor, moved: Tensor) -> Tensor:
     both = (target != 0) & (moved != 0)
     norms = (target.square() * both).sum(-1) * (moved.square() * both).sum(-1)
     return (target * moved).sum(-1) / norms.sqrt().clamp(min=1e-6)
+
+
+def likeness(target: Tensor, moved: Tensor) -> Tensor:
+    """Correlation (K,) of intensities (1, 1, ...) and (K, 1, ...) where neither is 0: high only in one contrast."""
+    target, moved = target.flatten(1), moved.flatten(1)
+    both = (target != 0) & (moved != 0)
+    count = both.sum(1, keepdim=True).clamp(min=1)
+    target, moved = ((v - (v * both).sum(1, keepdim=True) / count) * both for v in (target, moved))
+    norms = target.square().sum(1) * moved.square().sum(1)
+    return (target * moved).sum(1) / norms.sqrt().clamp(min=1e-12)
 
 
 def local_correlation(target: Tensor, moved: Tensor, window: float) -> Tensor:

@@ -13,8 +13,9 @@ from monai.data import MetaTensor
 from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial.transform import Rotation
 
-from scripts.registration import align, vote, vote_weights
+from scripts.registration import align, alignment, vote, vote_weights
 from scripts.registration.alignment import FINEST, VOXEL_BUDGET, working_spacing
+from scripts.registration.similarity import likeness
 
 SIZE_MM = 48.0
 
@@ -128,6 +129,25 @@ def test_other_contrast_ends_no_worse_than_unaligned(scene, kind):
     assert error_mm(found.affine[0], wanted) < 2.5
     assert error_mm(found.affine[0], wanted) < error_mm(torch.eye(4), wanted)
     assert found.kind == ("intensity" if kind == "biased" else "edges")
+
+
+def test_intensities_of_another_contrast_do_not_bend_scans_in_the_end(scene, monkeypatch):
+    target, bent = scene.scan(), scene.scan(bend_mm=2.0)
+    values = bent.as_tensor()
+    other = MetaTensor(torch.where(values > 1, 9 - values, values), affine=bent.affine)
+    found = {}
+    for steps in (0, alignment.FINISHING_ITERATIONS):
+        monkeypatch.setattr(alignment, "FINISHING_ITERATIONS", steps)
+        found[steps] = [align(target, [context], kinds=("intensity",)).displacement for context in (bent, other)]
+    (stiff, stiff_other), (soft, soft_other) = found.values()
+    assert torch.equal(stiff_other, soft_other) and not torch.equal(stiff, soft)
+
+
+def test_likeness_is_high_in_one_contrast_alone(scene):
+    image = scene.scan().as_tensor()[None]
+    others = torch.cat([3 * image, image.max() + 1 - image, torch.zeros_like(image)])
+    same, inverse, nothing = likeness(image, others).tolist()
+    assert same == pytest.approx(1, abs=1e-4) and inverse == pytest.approx(-1, abs=1e-4) and nothing == 0
 
 
 def test_storage_order_changes_nothing(scene):

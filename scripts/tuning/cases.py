@@ -70,12 +70,14 @@ class TuningCases:
     Attributes:
         cases: some for every fold.
         folds: how many tunings it takes until every case that is to be judged was kept out of one.
-        copies: they are deformed copies of contexts, not contexts.
+        copies: those that are judged are deformed copies of contexts, not contexts.
+        from_others: and are predicted from other contexts than their own.
     """
 
     cases: list[TuningCase]
     folds: int
     copies: bool
+    from_others: bool
 
     def tuned_in(self, fold: int) -> list[Tested]:
         """Those that a fold is tuned on."""
@@ -103,14 +105,15 @@ def find_cases(predictor: ICLInferer, seconds: float, seed: int) -> TuningCases:
         folds = min(FOLDS, len(tested))
         every = set(range(folds))
         cases = [TuningCase(one, i % folds, tuple(every - {i % folds})) for i, one in enumerate(tested)]
-        return TuningCases(cases, folds, copies=False)
-    copies = _copies(predictor, bool(tested), np.random.default_rng([seed, 2]))
+        return TuningCases(cases, folds, copies=False, from_others=True)
+    from_others = bool(tested)
+    copies = _copies(predictor, from_others, np.random.default_rng([seed, 2]))
     judged = list(itertools.islice(copies, JUDGED_COPIES))
     tested = tested or list(itertools.islice(copies, TUNED_COPIES))
     if not judged or not tested:
         raise ValueError("the contexts cannot be tuned on: none can be brought to another, or to a copy of itself")
     cases = [*(TuningCase(one, 0, ()) for one in judged), *(TuningCase(one, None, (0,)) for one in tested)]
-    return TuningCases(cases, 1, copies=True)
+    return TuningCases(cases, 1, copies=True, from_others=from_others)
 
 
 def _in_turn(predictor: ICLInferer, until: float, rng: np.random.Generator) -> Iterator[Tested]:

@@ -34,7 +34,7 @@ from scripts.inference.target import Target
 from scripts.inference.tensor_cache import TensorCache
 from scripts.registration import Alignment, align
 from scripts.registration.alignment import working_spacing
-from scripts.registration.grids import canonical, resample
+from scripts.registration.grids import canonical, grid_of, resample
 from scripts.registration.similarity import EDGES, KINDS
 from scripts.runtime.atomic_files import write_json
 
@@ -259,8 +259,9 @@ class AlignedContexts:
     ) -> Alignment:
         """Affine transforms from a scan to contexts, as good as finding the regions needs them."""
         contexts = [self._on_device(number) for number in numbers]
-        finest = min(float(canonical(context)[1].spacing.min()) for context in contexts)
-        spacing = max(working_spacing(scan, contexts), COARSE_STEP * finest)
+        of_contexts = [grid_of(context) for context in contexts]
+        finest = min(float(grid.spacing.min()) for grid in of_contexts)
+        spacing = max(working_spacing(grid_of(scan), of_contexts), COARSE_STEP * finest)
         return align(scan, contexts, "affine", start, spacing, kinds)
 
     def _on_device(self, number: int) -> MetaTensor:
@@ -406,7 +407,7 @@ class AlignedContexts:
                 continue
             images = [crops[n][0].to(self.device) for n in numbers]
             start = torch.stack([starts[n] for n in numbers])
-            spacing = min(group.spacing_mm, working_spacing(region, images))
+            spacing = min(group.spacing_mm, working_spacing(grid_of(region), [grid_of(image) for image in images]))
             found = align(region, images, self.mode, start, spacing, kinds)
             for k, number in enumerate(numbers):
                 if bool(found.aligned[k]):

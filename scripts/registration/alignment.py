@@ -164,7 +164,7 @@ def align(
         _check(context, f"context {number}")
     image, own = canonical(target)
     pairs = [canonical(context) for context in contexts]
-    spacing = spacing_mm or working_spacing(target, contexts)
+    spacing = spacing_mm or working_spacing(own, [grid for _, grid in pairs])
     scans = [_Scan(voxels, grid) for voxels, grid in pairs]
     if start is None:
         return _register(_Scan(image, own), scans, mode, spacing, kinds)
@@ -174,15 +174,10 @@ def align(
     return replace(found, affine=start @ found.affine)
 
 
-def working_spacing(target: MetaTensor, contexts: Sequence[MetaTensor]) -> float:
+def working_spacing(target: Grid, contexts: Sequence[Grid]) -> float:
     """Voxel size in mm: somewhat finer than the finest context's, unless the target would take more than the budget."""
-    finest = min(_mean_spacing(context) for context in contexts)
-    return max(FINEST * finest, _mean_spacing(target) * (target.numel() / VOXEL_BUDGET) ** (1 / 3))
-
-
-def _mean_spacing(volume: MetaTensor) -> float:
-    """Edge in mm of a cube as large as a voxel."""
-    return float(np.abs(np.linalg.det(np.asarray(volume.affine)[:3, :3])) ** (1 / 3))
+    finest = min(float(grid.spacing.prod()) ** (1 / 3) for grid in contexts)
+    return max(FINEST * finest, float(target.extent.prod() / VOXEL_BUDGET) ** (1 / 3))
 
 
 def _check(image: Tensor, name: str) -> None:

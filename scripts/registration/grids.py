@@ -67,18 +67,27 @@ class Grid:
         return Grid(tuple(shape), affine)
 
 
+def grid_of(volume: MetaTensor) -> Grid:
+    """Where the voxels of a volume lie, in the order nearest to RAS; no voxel is touched."""
+    return _ordered(volume)[1]
+
+
 def oriented(volume: MetaTensor) -> tuple[Tensor, Grid]:
     """Voxels (C, H, W, D), of their own type, in the order nearest to RAS, and where they lie."""
-    affine = np.asarray(volume.affine.detach().cpu(), dtype=np.float64)
-    orientation = nib.io_orientation(affine)
-    shape = volume.shape[1:]
-    affine = affine @ nib.orientations.inv_ornt_aff(orientation, shape)
+    orientation, grid = _ordered(volume)
     data = volume.as_tensor()
     flips = [axis + 1 for axis in range(3) if orientation[axis, 1] < 0]
     data = data.flip(flips) if flips else data
-    order = np.argsort(orientation[:, 0])
-    data = data.permute(0, *(int(axis) + 1 for axis in order))
-    return data, Grid(tuple(data.shape[1:]), torch.from_numpy(affine.round(AFFINE_DECIMALS)))
+    return data.permute(0, *(int(axis) + 1 for axis in np.argsort(orientation[:, 0]))), grid
+
+
+def _ordered(volume: MetaTensor) -> tuple[np.ndarray, Grid]:
+    """Nibabel's orientation (3, 2) of a volume, and its grid in the order nearest to RAS."""
+    affine = np.asarray(volume.affine.detach().cpu(), dtype=np.float64)
+    orientation, shape = nib.io_orientation(affine), volume.shape[1:]
+    affine = affine @ nib.orientations.inv_ornt_aff(orientation, shape)
+    shape = tuple(shape[int(axis)] for axis in np.argsort(orientation[:, 0]))
+    return orientation, Grid(shape, torch.from_numpy(affine.round(AFFINE_DECIMALS)))
 
 
 def canonical(volume: MetaTensor) -> tuple[Tensor, Grid]:

@@ -15,6 +15,7 @@ from scipy.spatial.transform import Rotation
 
 from scripts.registration import align, alignment, vote, vote_weights
 from scripts.registration.alignment import FINEST, VOXEL_BUDGET, working_spacing
+from scripts.registration.grids import Grid, grid_of
 from scripts.registration.similarity import likeness
 
 SIZE_MM = 48.0
@@ -171,10 +172,10 @@ def test_spacing_of_the_target_changes_little(scene):
 
 
 def test_working_voxels_are_finer_than_the_contexts_within_the_budget(scene):
-    target, coarse, fine = (scene.scan(voxel_mm=mm) for mm in (4.0, 4.0, 3.0))
+    target, coarse, fine = (grid_of(scene.scan(voxel_mm=mm)) for mm in (4.0, 4.0, 3.0))
     assert working_spacing(target, [coarse]) == pytest.approx(FINEST * 4)
     assert working_spacing(target, [coarse, fine]) == pytest.approx(FINEST * 3)
-    large = MetaTensor(torch.zeros(1, 100, 100, 100), affine=target.affine)
+    large = Grid((100, 100, 100), target.affine)
     assert working_spacing(large, [fine]) == pytest.approx(4 * (1e6 / VOXEL_BUDGET) ** (1 / 3))
 
 
